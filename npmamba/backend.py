@@ -1,0 +1,81 @@
+"""Which array library, and which kernels: decided by the arrays themselves.
+
+There is no global switch and no ``device=``: NumPy arrays go to the Numba kernels of ``npmamba.cpu``,
+CuPy arrays to the Numba CUDA kernels of ``npmamba.cuda``. CuPy is never imported here: an array of its
+can only exist if its owner imported it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def is_array(x: Any) -> bool:
+    """Tell whether `x` is a NumPy or CuPy array (masked arrays and scalars are not)."""
+    if isinstance(x, np.ndarray):
+        return not isinstance(x, np.ma.MaskedArray)
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def array_module(op: str, **arrays: Any) -> ModuleType:
+    """Return ``numpy`` or ``cupy``, the library that all `arrays` belong to.
+
+    Parameters
+    ----------
+    op : str
+        The operation that asks, named in the error.
+    **arrays
+        Arguments by name; those that are None are left out.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array, or if NumPy and CuPy arrays are mixed. Both culprits are named.
+    """
+    first: tuple[str, str] | None = None
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if not is_array(x):
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(x).__name__}")
+        library = "numpy" if isinstance(x, np.ndarray) else "cupy"
+        if first is None:
+            first = (name, library)
+        elif first[1] != library:
+            raise TypeError(
+                f"{op}: {first[0]} is a {first[1]} array, but {name} is a {library} array; "
+                "move them to one device first"
+            )
+    return sys.modules["cupy"] if first is not None and first[1] == "cupy" else np
+
+
+@cache
+def _load(package: str, op: str) -> ModuleType:
+    return importlib.import_module(f"npmamba.{package}.{op}")
+
+
+def twin(op: str, array: Any) -> ModuleType:
+    """Return the module that computes `op` for arrays like `array`: ``npmamba.cpu.<op>`` or ``npmamba.cuda.<op>``.
+
+    Raises
+    ------
+    TypeError
+        If `array` is a CuPy array and this release has no CUDA twin for `op`.
+    """
+    if isinstance(array, np.ndarray):
+        return _load("cpu", op)
+    try:
+        return _load("cuda", op)
+    except ModuleNotFoundError as error:
+        if error.name != f"npmamba.cuda.{op}":
+            raise
+        raise TypeError(
+            f"{op}: this release has no CUDA kernels for it; call it with NumPy arrays (cupy.asnumpy)"
+        ) from None

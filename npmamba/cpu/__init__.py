@@ -1,0 +1,1 @@
+"""CPU twins: Numba kernels on NumPy arrays, one file per operation."""

@@ -1,0 +1,1 @@
+"""The operations users call: equations, shapes, checks; forward and vjp side by side."""

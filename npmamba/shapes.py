@@ -1,0 +1,116 @@
+"""Argument checks: every operation's shapes and dtypes are checked here, before any kernel runs.
+
+A check speaks the notation of the documentation: axes have names (``batch dim seqlen``), the first argument that shows
+an axis binds its length, and an argument that disagrees is named together with the one that bound it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+HALF = ("float16", "bfloat16")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """Return the dtype an operation computes in: float64 for float64, float32 for the shorter types.
+
+    >>> compute_dtype(np.float16)
+    dtype('float32')
+    """
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+class Arguments:
+    """The checked arguments of one call: axis lengths and dtypes, bound as arguments are seen.
+
+    Parameters
+    ----------
+    op : str
+        Name of the operation, with which every message begins.
+
+    Examples
+    --------
+    >>> arguments = Arguments("scan")
+    >>> arguments.shape("u", np.zeros((2, 3)), "batch dim")
+    'batch dim'
+    >>> arguments["dim"]
+    3
+    >>> arguments.shape("z", np.zeros((2, 4)), "batch dim")
+    Traceback (most recent call last):
+        ...
+    ValueError: scan: z has dim=4, but u has dim=3; z must be (batch, dim), got shape (2, 4)
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self._axes: dict[str, tuple[int, str]] = {}
+
+    def __getitem__(self, axis: str) -> int:
+        return self._axes[axis][0]
+
+    def shape(self, name: str, x: Any, *layouts: str) -> str:
+        """Bind the axes of `x` by the layout with its number of axes, and return that layout.
+
+        Raises
+        ------
+        ValueError
+            If no layout has as many axes as `x`, or a bound axis has another length.
+        """
+        expected = " or ".join(f"({', '.join(layout.split())}{',' * (' ' not in layout)})" for layout in layouts)
+        tail = f"{name} must be {expected}, got shape {tuple(x.shape)}"
+        for layout in layouts:
+            if len(layout.split()) == x.ndim:
+                self._bind(name, zip(layout.split(), x.shape, strict=True), tail)
+                return layout
+        raise ValueError(f"{self.op}: {name} has {x.ndim} axes; {tail}")
+
+    def _bind(self, name: str, pairs: Iterator[tuple[str, int]], tail: str) -> None:
+        for axis, length in pairs:
+            bound, owner = self._axes.setdefault(axis, (length, name))
+            if bound != length:
+                raise ValueError(f"{self.op}: {name} has {axis}={length}, but {owner} has {axis}={bound}; {tail}")
+
+    def length(self, axis: str, length: int, owner: str) -> None:
+        """Bind `axis` to a length that is implied by `owner` rather than shown by an array."""
+        self._axes[axis] = (length, owner)
+
+    def at_least(self, axis: str, minimum: int) -> None:
+        """Raise ValueError if the bound `axis` is shorter than `minimum`."""
+        length, owner = self._axes[axis]
+        if length < minimum:
+            raise ValueError(f"{self.op}: {owner} has {axis}={length}; {axis} must be at least {minimum}")
+
+    def dtype(self, name: str, x: Any, expected: Any = None, like: str | None = None) -> np.dtype:
+        """Check that `x` has the dtype `expected`, or any floating dtype if that is None.
+
+        Raises
+        ------
+        TypeError
+            If `x` has another dtype; `like` names the argument that asks for `expected`.
+        """
+        native = x.dtype.newbyteorder("=")
+        if native.name not in FLOATS:
+            raise TypeError(f"{self.op}: {name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {x.dtype}")
+        if expected is not None and native != np.dtype(expected):
+            why = f" because {like}" if like else ""
+            raise TypeError(f"{self.op}: {name} must be {np.dtype(expected).name}{why}, got {native.name}")
+        return native
+
+    def integers(self, name: str, x: Any) -> None:
+        """Raise TypeError unless `x` holds integers (booleans are none)."""
+        if x.dtype.kind not in "iu":
+            raise TypeError(f"{self.op}: {name} must be an array of integers, got {x.dtype}")
+
+    def choice(self, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+        """Raise ValueError unless `value` is one of `choices`."""
+        if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+            raise ValueError(f"{self.op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    def flag(self, name: str, value: Any) -> None:
+        """Raise TypeError unless `value` is True or False."""
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{self.op}: {name} must be True or False, got {value!r}")
