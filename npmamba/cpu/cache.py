@@ -1,0 +1,109 @@
+"""Compiled kernels on disk, in a folder named after everything they were made from.
+
+Numba's own ``cache=True`` looks only at the file that holds a function and keeps stale code when a function it calls
+changes in another file. Here the folder's name is a hash of all kernel sources and of the versions of Python, Numba
+and this package, so a stale kernel cannot be found. A damaged file counts as absent, a folder that cannot be written
+only costs the compilation again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import stat
+import sys
+from typing import Any
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+log = logging.getLogger("npmamba")
+SOURCES = ("scalar.py", "cpu/*.py")
+
+
+def root() -> pathlib.Path:
+    """Return the folder of all npmamba caches: ``NPMAMBA_CACHE_DIR``, or ``npmamba`` in the user's cache folder."""
+    if named := os.environ.get("NPMAMBA_CACHE_DIR"):
+        return pathlib.Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or pathlib.Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "npmamba"
+
+
+@functools.cache
+def folder() -> pathlib.Path:
+    """Return the folder for the kernels as they are now."""
+    package = pathlib.Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
+    for pattern in SOURCES:
+        for source in sorted(package.glob(pattern)):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return root() / f"cpu-{digest.hexdigest()[:16]}"
+
+
+def _is_private(path: pathlib.Path) -> bool:
+    """Cached code is run as it stands, so a folder that other users can write to is not read."""
+    if os.name == "nt":
+        return True
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+class _Locator(_CacheLocator):
+    def get_cache_path(self) -> str:
+        return str(folder())
+
+    def ensure_cache_path(self) -> None:
+        folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def get_source_stamp(self) -> str:
+        return folder().name
+
+    def get_disambiguator(self) -> str:
+        return "kernel"
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator:
+        return cls()
+
+
+class _Implementation(CompileResultCacheImpl):
+    _locator_classes = [_Locator]
+
+
+class KernelCache(FunctionCache):
+    """Numba's function cache in our folder; it never raises, and says once when kernels must be compiled."""
+
+    _impl_class = _Implementation
+    _said = False
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the compiled overload for `sig`, or None if it is absent or damaged."""
+        try:
+            if folder().is_dir() and _is_private(folder()):
+                found = super().load_overload(sig, target_context)
+                if found is not None:
+                    return found
+        except Exception as error:  # a torn pickle raises nearly anything; each means: compile again
+            log.warning("cached kernel %s is damaged and will be compiled again (%s)", self._name, error)
+            with contextlib.suppress(OSError):
+                self.flush()
+        if not KernelCache._said:
+            KernelCache._said = True
+            log.info("compiling kernels (once); they are kept in %s", folder())
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled overload, if the folder can be written."""
+        try:
+            self._impl.locator.ensure_cache_path()
+            if _is_private(folder()):
+                super().save_overload(sig, data)
+        except OSError as error:
+            log.info("compiled kernels cannot be kept (%s)", error)

@@ -1,0 +1,231 @@
+"""How a CPU kernel is declared, compiled, kept and run on several threads.
+
+A kernel is a plain function whose annotations say what it reads and writes::
+
+    @kernel
+    def _forward(start: Int, stop: Int, u: Read[3], A: Read[2], y: Write[3], softplus: Flag):
+        for task in range(start, stop):
+            ...
+
+``_forward[np.float32]`` is its compiled form for float32, made at the first use. Arrays come with any strides, and what
+is declared `Read` cannot be written. `launch` splits the tasks ``0 .. tasks - 1`` over threads that run without the
+interpreter lock. Each output cell belongs to one task and the sums inside a task have a fixed order, so the bits of a
+result do not depend on the number of threads.
+
+The threads are Python's own and wait without spinning: they survive a fork, may be used by many callers at once, and
+leave the cores to the matrix products' threads, none of which holds for all of Numba's threading layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numba import config, from_dtype, njit, types
+
+from npmamba.cpu.cache import KernelCache
+
+Int = types.int64
+Flag = types.boolean
+Real = types.float64
+
+
+class _Array:
+    """An annotation: ``Read[3]`` is a read-only array of the kernel's dtype with three axes and any strides."""
+
+    def __init__(self, readonly: bool, dtype: types.Type | None = None) -> None:
+        self.readonly, self.dtype, self.ndim = readonly, dtype, 0
+
+    def __getitem__(self, ndim: int) -> Any:
+        copy = _Array(self.readonly, self.dtype)
+        copy.ndim = ndim
+        return copy
+
+    def of(self, dtype: types.Type) -> types.Type:
+        """Return the Numba type for a kernel of `dtype`."""
+        return types.Array(self.dtype or dtype, self.ndim, "A", readonly=self.readonly)
+
+
+Read = _Array(readonly=True)
+Write = _Array(readonly=False)
+ReadInt = _Array(readonly=True, dtype=types.int64)
+WriteDouble = _Array(readonly=False, dtype=types.float64)
+
+KERNELS: list[Kernel] = []
+
+
+class Kernel:
+    """A function over the tasks ``start .. stop - 1``, compiled for one dtype at a time."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self._compiled: dict[np.dtype, Callable[..., None]] = {}
+        KERNELS.append(self)
+
+    def signature(self, dtype: Any) -> tuple[types.Type, ...]:
+        """Return the Numba types of the arguments for a kernel of `dtype`."""
+        declared = inspect.get_annotations(self.function, eval_str=True)
+        number = from_dtype(np.dtype(dtype))
+        return tuple(a.of(number) if isinstance(a, _Array) else a for a in declared.values())
+
+    def __getitem__(self, dtype: Any) -> Callable[..., None]:
+        dtype = np.dtype(dtype)
+        if dtype not in self._compiled:
+            self._compiled[dtype] = self.function if config.DISABLE_JIT else self._compile(dtype)
+        return self._compiled[dtype]
+
+    def _compile(self, dtype: np.dtype) -> Callable[..., None]:
+        dispatcher = njit(nogil=True, error_model="numpy")(self.function)
+        dispatcher._cache = KernelCache(self.function)
+        dispatcher.compile(self.signature(dtype))
+        dispatcher.disable_compile()
+        return dispatcher
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """Declare a kernel: a function ``(start, stop, ...)`` annotated with `Int`, `Flag`, `Real`, `Read[n]`, `Write[n]`."""
+    return Kernel(function)
+
+
+inner = njit(nogil=True, error_model="numpy")
+"""Decorator of a function that kernels call: compiled with them."""
+
+
+# --- threads ---
+
+_pool: ThreadPoolExecutor | None = None
+_threads: int | None = None
+
+
+def num_threads() -> int:
+    """Return how many threads kernels use: `set_num_threads`, ``NPMAMBA_NUM_THREADS``, or the cores this process has."""
+    if _threads is not None:
+        return _threads
+    if named := os.environ.get("NPMAMBA_NUM_THREADS"):
+        if not named.isdigit() or int(named) < 1:
+            raise ValueError(f"NPMAMBA_NUM_THREADS must be a whole number from 1 up, got {named!r}")
+        return int(named)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Set how many threads kernels use; None returns to the default. Results do not depend on it."""
+    global _threads
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"set_num_threads: threads must be a whole number from 1 up, or None, got {threads!r}")
+    _threads = threads
+    _forget_pool()
+
+
+def _forget_pool() -> None:
+    """Drop the pool; also what a forked child must do, for threads do not survive a fork."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+SERIAL_WORK = 1 << 16
+"""Below this many numbers (some 20 microseconds) waking threads costs more than it saves."""
+PIECES_PER_THREAD = 4
+
+
+def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int) -> None:
+    """Run a kernel over all its tasks, on several threads if there is enough to do.
+
+    Parameters
+    ----------
+    declared : Kernel
+        The kernel; it is called as ``(start, stop, *arguments)``.
+    dtype : dtype
+        The dtype it computes in.
+    tasks : int
+        Number of independent tasks.
+    work : int
+        About how many numbers all tasks touch together; decides whether threads are worth waking.
+    """
+    global _pool
+    compiled, threads = declared[dtype], min(num_threads(), tasks)
+    if threads <= 1 or work < SERIAL_WORK:
+        compiled(0, tasks, *arguments)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(num_threads(), "npmamba")
+    pieces = min(tasks, threads * PIECES_PER_THREAD)
+    ticket = itertools.count()
+
+    def run() -> None:
+        while (piece := next(ticket)) < pieces:
+            compiled(piece * tasks // pieces, (piece + 1) * tasks // pieces, *arguments)
+
+    others = [_pool.submit(run) for _ in range(threads - 1)]
+    try:
+        run()
+    finally:
+        for other in others:
+            other.result()
+
+
+# --- memory ---
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Allocate what a kernel will write completely. Tests fill it with NaN, so that a forgotten cell shows."""
+    return np.empty(shape, dtype)
+
+
+def _aligned(shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
+    size = 1
+    for length in shape:
+        size *= length
+    spare = 64 // like.itemsize
+    buffer = np.empty(size + spare, like.dtype)
+    skip = (-buffer.ctypes.data % 64) // like.itemsize
+    return buffer[skip : skip + size].reshape(shape)
+
+
+scratch = inner(_aligned)
+"""Inside a kernel: ``scratch(shape, like)`` allocates an array that begins on a cache line, of `like`'s dtype."""
+
+
+def native(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return `x` in native byte order, aligned, and in `dtype`: itself where it is so already."""
+    x = x.astype(dtype, copy=False)
+    return x if x.flags.aligned else x.copy()
+
+
+def rows(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return `x` (batch, dim, seqlen) as (batch, seqlen, dim) with unit channel stride: a view where memory allows."""
+    x = native(x, dtype).swapaxes(1, 2)
+    return x if x.shape[-1] == 1 or x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+
+
+def rows_like(u: np.ndarray, dtype: Any) -> np.ndarray:
+    """Allocate a contiguous (batch, seqlen, dim) array for a result of the shape of `u` (batch, dim, seqlen)."""
+    return empty((u.shape[0], u.shape[2], u.shape[1]), dtype)
+
+
+def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Return a (batch, seqlen, dim) result as (batch, dim, seqlen), in the dtype and memory order of `u`.
+
+    The order is C unless `u`'s channels lie side by side, as with NumPy's ``order="K"``.
+    """
+    result = result.swapaxes(1, 2)
+    if abs(u.strides[1]) <= abs(u.strides[2]) and not u.flags.c_contiguous:
+        return result.astype(u.dtype.newbyteorder("="), copy=False)
+    return result.astype(u.dtype.newbyteorder("="), order="C")
+
+
+def warmup(dtypes: tuple[Any, ...] = (np.float32,)) -> None:
+    """Compile every kernel that has been declared so far, or read it from the cache."""
+    for declared in KERNELS:
+        for dtype in dtypes:
+            declared[dtype]

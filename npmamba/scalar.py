@@ -1,0 +1,145 @@
+"""The mathematics of Mamba for one number at a time: each formula once, its derivative right beneath.
+
+Every kernel calls these functions; a kernel itself holds only loops and memory. The formulas are written in ``+ - * /``
+and a handful of primitives (`cast`, `fma`, `select`, `exp2`, `exp`, `expm1`, `log1p`), which each target supplies: the
+plain Python functions below serve NumPy and runs without the compiler, `npmamba.cpu.simd` overloads them for Numba's
+scalars and for its vectors of channels.
+
+Notation: ``x`` is the product ``delta * A``; ``decay = exp(x)`` and ``inflow`` are the two numbers of one step,
+``h_t = decay h_{t-1} + inflow``. Equation numbers refer to Gu & Dao, arXiv 2312.00752.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+formula = njit(forceinline=True, error_model="numpy")
+
+
+# --- primitives: each target supplies its own; these are the stand-ins for plain Python and NumPy ---
+
+
+def cast(c: Any, x: Any) -> Any:
+    """Return the number `c` in the type and width of `x`: a bare ``0.5`` would turn float32 into float64."""
+    return np.full(np.shape(x), c, np.asarray(x).dtype)[()]
+
+
+def fma(x: Any, y: Any, z: Any) -> Any:
+    """Return ``x y + z``; targets round once, this stand-in rounds float32 through float64."""
+    if np.asarray(x).dtype == np.float32:
+        return (np.float64(1) * x * y + z).astype(np.float32)
+    return x * y + z
+
+
+def select(condition: Any, x: Any, y: Any) -> Any:
+    """Return `x` where `condition` holds, else `y`; both are computed."""
+    return np.where(condition, x, y)[()]
+
+
+def exp2(x: Any) -> Any:
+    """Return ``2^x``. NaN gives NaN, ``x >= 128`` infinity and ``x < -126`` zero or the right value (float32)."""
+    return np.exp2(x)
+
+
+def exp(x: Any) -> Any:
+    """Return ``e^x`` to a few units in the last place."""
+    return np.exp(x)
+
+
+def expm1(x: Any) -> Any:
+    """Return ``e^x - 1`` to a few units in the last place, also where it is small."""
+    return np.expm1(x)
+
+
+def log1p(x: Any) -> Any:
+    """Return ``log(1 + x)`` for ``0 <= x <= 1`` to a few units in the last place, also where it is small."""
+    return np.log1p(x)
+
+
+PRIMITIVES = (cast, fma, select, exp2, exp, expm1, log1p)
+
+
+# --- activations ---
+
+
+@formula
+def _exp_minus_abs(x):
+    """e^(-|x|), in (0, 1]: the one exponential from which sigmoid and softplus are safe for every x."""
+    return exp(select(x < cast(0, x), x, -x))
+
+
+@formula
+def sigmoid(x):
+    """sigma(x) = 1 / (1 + e^(-x))"""
+    e = _exp_minus_abs(x)
+    return select(x < cast(0, x), e, cast(1, x)) / (cast(1, x) + e)
+
+
+@formula
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log1p(e^(-|x|)); its derivative is `sigmoid`."""
+    return select(x < cast(0, x), cast(0, x), x) + log1p(_exp_minus_abs(x))
+
+
+@formula
+def silu(x):
+    """x sigma(x)"""
+    return x * sigmoid(x)
+
+
+@formula
+def silu_derivative(x):
+    """d/dx x sigma(x) = sigma (1 + x (1 - sigma))"""
+    s = sigmoid(x)
+    return s * fma(x, cast(1, x) - s, cast(1, x))
+
+
+# --- one step of the state space ---
+
+
+@formula
+def state_step(decay, h, inflow):
+    """h_t = decay h_{t-1} + inflow        (eq. 2a)"""
+    return fma(decay, h, inflow)
+
+
+@formula
+def readout(C, h, y):
+    """y + C h: one state's share of the output        (eq. 2b)"""
+    return fma(C, h, y)
+
+
+@formula
+def phi(x):
+    """phi(x) = (e^x - 1) / x, and 1 at 0: exact zero-order hold turns delta B into delta phi(x) B        (eq. 4)"""
+    zero = x == cast(0, x)
+    return select(zero, cast(1, x), expm1(x) / select(zero, cast(1, x), x))
+
+
+@formula
+def phi_derivative(x):
+    """phi'(x) = (e^x - phi(x)) / x, by its Taylor series sum_k (k + 1) x^k / (k + 2)! where that cancels."""
+    near = (x > cast(-1, x)) & (x < cast(1, x))
+    far = select(near, cast(1, x), x)
+    s = select(near, x, cast(0, x))
+    p = cast(17 / 6402373705728000, x)  # 17 / 18!, the term that is below the last place at |x| = 1
+    p = fma(p, s, cast(16 / 355687428096000, x))
+    p = fma(p, s, cast(15 / 20922789888000, x))
+    p = fma(p, s, cast(14 / 1307674368000, x))
+    p = fma(p, s, cast(13 / 87178291200, x))
+    p = fma(p, s, cast(12 / 6227020800, x))
+    p = fma(p, s, cast(11 / 479001600, x))
+    p = fma(p, s, cast(10 / 39916800, x))
+    p = fma(p, s, cast(9 / 3628800, x))
+    p = fma(p, s, cast(8 / 362880, x))
+    p = fma(p, s, cast(7 / 40320, x))
+    p = fma(p, s, cast(6 / 5040, x))
+    p = fma(p, s, cast(5 / 720, x))
+    p = fma(p, s, cast(4 / 120, x))
+    p = fma(p, s, cast(3 / 24, x))
+    p = fma(p, s, cast(2 / 6, x))
+    p = fma(p, s, cast(1 / 2, x))
+    return select(near, p, (exp(far) - phi(far)) / far)
