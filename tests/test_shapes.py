@@ -1,0 +1,145 @@
+"""The argument checks: each accepts what the documentation allows, and names the culprit otherwise."""
+
+from __future__ import annotations
+
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npmamba.shapes import FLOATS, Arguments, compute_dtype
+
+LENGTHS = st.integers(0, 9)
+
+
+def says(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+def test_compute_dtype_is_float64_only_for_float64():
+    assert compute_dtype(np.float64) == np.float64
+    for short in (np.float16, np.float32, ml_dtypes.bfloat16):
+        assert compute_dtype(short) == np.float32
+
+
+@given(LENGTHS, LENGTHS, LENGTHS)
+def test_axes_are_bound_by_the_first_argument_that_shows_them(batch, dim, seqlen):
+    arguments = Arguments("scan")
+    assert arguments.shape("u", np.empty((batch, dim, seqlen)), "batch dim seqlen") == "batch dim seqlen"
+    assert [arguments[axis] for axis in ("batch", "dim", "seqlen")] == [batch, dim, seqlen]
+    arguments.shape("z", np.empty((dim, batch)), "dim batch")
+
+
+@given(LENGTHS, LENGTHS)
+def test_another_length_is_refused_exactly_when_it_differs(bound, other):
+    arguments = Arguments("scan")
+    arguments.shape("u", np.empty((1, bound)), "batch dim")
+    if other == bound:
+        arguments.shape("z", np.empty((1, other)), "batch dim")
+        return
+    message = (
+        f"scan: z has dim={other}, but u has dim={bound}; z must be (batch, dim), got shape (1, {other})"
+    )
+    with pytest.raises(ValueError, match=says(message)):
+        arguments.shape("z", np.empty((1, other)), "batch dim")
+
+
+def test_the_layout_with_as_many_axes_is_chosen():
+    layouts = ("dim dstate", "batch dstate seqlen", "batch groups dstate seqlen")
+    for layout in layouts:
+        ndim = len(layout.split())
+        assert Arguments("scan").shape("B", np.empty((1,) * ndim), *layouts) == layout
+
+
+def test_a_wrong_number_of_axes_lists_every_layout():
+    message = "scan: D has 2 axes; D must be (dim,) or (batch, dim, seqlen), got shape (3, 1)"
+    with pytest.raises(ValueError, match=says(message)):
+        Arguments("scan").shape("D", np.empty((3, 1)), "dim", "batch dim seqlen")
+
+
+def test_one_axis_named_twice_in_a_layout_must_agree_with_itself():
+    message = "solve: A has dim=3, but A has dim=2; A must be (dim, dim), got shape (2, 3)"
+    with pytest.raises(ValueError, match=says(message)):
+        Arguments("solve").shape("A", np.empty((2, 3)), "dim dim")
+
+
+def test_an_implied_length_names_its_owner():
+    arguments = Arguments("conv")
+    arguments.length("width - 1", 3, "weight")
+    message = (
+        "conv: initial_state has width - 1=2, but weight has width - 1=3; "
+        "initial_state must be (batch, dim), got shape (1, 2)"
+    )
+    arguments.length("dim", 3, "weight")
+    with pytest.raises(ValueError, match=says(message.replace("width - 1", "dim"))):
+        arguments.shape("initial_state", np.empty((1, 2)), "batch dim")
+
+
+@given(LENGTHS, LENGTHS)
+def test_a_minimum_length_holds(length, minimum):
+    arguments = Arguments("scan")
+    arguments.shape("A", np.empty((1, length)), "dim dstate")
+    if length >= minimum:
+        arguments.at_least("dstate", minimum)
+        return
+    message = f"scan: A has dstate={length}; dstate must be at least {minimum}"
+    with pytest.raises(ValueError, match=says(message)):
+        arguments.at_least("dstate", minimum)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_every_float_is_accepted_in_either_byte_order(dtype):
+    native = np.dtype(dtype)
+    assert Arguments("scan").dtype("u", np.zeros(1, dtype)) == native
+    assert native.name in FLOATS
+    if native.kind == "f":
+        swapped = np.zeros(1, native.newbyteorder())
+        assert Arguments("scan").dtype("u", swapped, native) == native
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64, np.longdouble, object, "S1"])
+def test_anything_else_is_no_float(dtype):
+    with pytest.raises(TypeError, match=r"^scan: u must be float16, bfloat16, float32 or float64, got "):
+        Arguments("scan").dtype("u", np.zeros(1, dtype))
+
+
+def test_a_wrong_float_names_what_is_expected_and_who_asks():
+    x = np.zeros(1, np.float32)
+    with pytest.raises(TypeError, match=says("scan: A must be float64, got float32")):
+        Arguments("scan").dtype("A", x, np.float64)
+    message = "scan: A must be float64 because u is float64, got float32"
+    with pytest.raises(TypeError, match=says(message)):
+        Arguments("scan").dtype("A", x, np.float64, like="u is float64")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16])
+def test_integers_are_integers(dtype):
+    Arguments("scan").integers("seq_idx", np.zeros(1, dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float32, object])
+def test_anything_else_is_no_integer(dtype):
+    with pytest.raises(TypeError, match=r"^scan: seq_idx must be an array of integers, got "):
+        Arguments("scan").integers("seq_idx", np.zeros(1, dtype))
+
+
+def test_a_choice_is_one_of_those_listed():
+    arguments = Arguments("conv")
+    for allowed in (None, "silu", "".join(["si", "lu"])):
+        arguments.choice("activation", allowed, (None, "silu"))
+    for refused in ("relu", False, 0, ["silu"]):
+        message = f"conv: activation must be one of None, 'silu', got {refused!r}"
+        with pytest.raises(ValueError, match=says(message)):
+            arguments.choice("activation", refused, (None, "silu"))
+
+
+def test_a_flag_is_true_or_false():
+    arguments = Arguments("scan")
+    for allowed in (True, False, np.True_):
+        arguments.flag("reverse", allowed)
+    for refused in (None, 1, "yes"):
+        with pytest.raises(TypeError, match=says(f"scan: reverse must be True or False, got {refused!r}")):
+            arguments.flag("reverse", refused)
