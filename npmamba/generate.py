@@ -18,9 +18,9 @@ def probabilities(
 ) -> NDArray[np.float64]:
     """Turn logits into the distribution that the next token is drawn from.
 
-    ``p = softmax(logits / temperature)``; then only the `top_k` likeliest tokens stay and p is normalised; then only
-    the smallest set of likeliest tokens whose probabilities sum to `top_p` stays (nucleus sampling, Holtzman et al.
-    2020) and p is normalised again. Both limits act on probabilities. Ties go to the lower token id.
+    ``p = softmax(logits / temperature)``; then only the `top_k` likeliest tokens stay and p is normalised;
+    then only the smallest set of likeliest tokens whose probabilities sum to `top_p` stays (nucleus sampling,
+    Holtzman et al. 2020) and p is normalised again. Ties go to the lower token id.
 
     Parameters
     ----------
@@ -147,7 +147,9 @@ def stream(
     _check_options(temperature, top_k, top_p)
     rng = np.random.default_rng(seed)
     done = np.zeros(ids.shape[0], dtype=bool)
-    logits, state = model.prefill(ids) if max_new_tokens > 0 else (None, None)
+    if max_new_tokens <= 0:
+        return
+    logits, state = model.prefill(ids)
     for n in range(max_new_tokens):
         token = sample_token(logits, rng, temperature, top_k, top_p)
         if eos_token_id is not None:
@@ -162,7 +164,7 @@ def stream(
 def _check_prompt(input_ids: ArrayLike) -> NDArray[np.integer]:
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"generate: input_ids must be integers of shape (batch, seqlen), got {ids.dtype} {ids.shape}")
+        raise ValueError(f"generate: input_ids must be integers (batch, seqlen), got {ids.dtype} {ids.shape}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(f"generate: input_ids must hold at least one token per row, got shape {ids.shape}")
     return ids
@@ -216,6 +218,6 @@ def generate(
     array([[5, 6, 7, 0, 1]])
     """
     ids = _check_prompt(input_ids)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    new = list(stream(model, ids, max_new_tokens, **options, seed=seed, eos_token_id=eos_token_id))
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    new = list(stream(model, ids, max_new_tokens, **options, eos_token_id=eos_token_id))
     return np.concatenate([ids, *(token[:, None].astype(ids.dtype) for token in new)], axis=1)

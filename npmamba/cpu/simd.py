@@ -19,8 +19,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, overload, register_model
+from numba.extending import lower_builtin, models, overload, register_model
 
 from npmamba import scalar
 from npmamba.scalar import cast, exp, exp2, expm1, fma, log1p, select
@@ -69,6 +70,24 @@ def _mask_of(t: Any) -> Any:
     return MASKS[t.lanes] if isinstance(t, VectorType) else types.boolean
 
 
+def _define(function: Any, result: Any, emit: Any) -> None:
+    """Make Numba compile a call of `function` by `emit(context, builder, sig, args)`.
+
+    ``result(*types)`` is the type of the result, or None where `function` is not ours for these types. This is what
+    `numba.extending.overload` does, without compiling a small function for every combination of types.
+    """
+
+    class _Template(AbstractTemplate):
+        key = function
+
+        def generic(self, args, kws):
+            answer = None if kws else result(*args)
+            return None if answer is None else signature(answer, *args)
+
+    infer_global(function, types.Function(_Template))
+    lower_builtin(function, types.VarArg(types.Any))(emit)
+
+
 def _splat(builder: ir.IRBuilder, x: ir.Value, lanes: int) -> ir.Value:
     vector = ir.VectorType(x.type, lanes)
     undefined = ir.Constant(vector, ir.Undefined)
@@ -88,80 +107,6 @@ def _suffix(t: Any) -> str:
 
 
 # --- memory ---
-
-
-def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> ir.Value:
-    struct = context.make_array(array_type)(context, builder, array)
-    indices = cgutils.unpack_tuple(builder, index)
-    return cgutils.get_item_pointer(context, builder, array_type, struct, indices, wraparound=False)
-
-
-def _lane_mask(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
-    index = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-    return builder.icmp_signed("<", index, _splat(builder, builder.trunc(count, I32), lanes))
-
-
-@intrinsic
-def _load(typingctx, a, index):
-    vector = VECTORS[a.dtype]
-
-    def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, sig.args[0], *args)
-        return builder.load(builder.bitcast(pointer, _llvm_type(vector).as_pointer()), align=a.dtype.bitwidth // 8)
-
-    return vector(a, index), codegen
-
-
-@intrinsic
-def _load_masked(typingctx, a, index, count):
-    vector = VECTORS[a.dtype]
-
-    def codegen(context, builder, sig, args):
-        t = _llvm_type(vector)
-        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args[:2]), t.as_pointer())
-        align = ir.Constant(I32, a.dtype.bitwidth // 8)
-        mask = _lane_mask(builder, args[2], vector.lanes)
-        return _call(builder, f"llvm.masked.load.{_suffix(vector)}.p0", t, [pointer, align, mask, ir.Constant(t, None)])
-
-    return vector(a, index, types.int64), codegen
-
-
-@intrinsic
-def _store(typingctx, a, index, value):
-    def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, sig.args[0], *args[:2])
-        builder.store(args[2], builder.bitcast(pointer, args[2].type.as_pointer()), align=a.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(a, index, VECTORS[a.dtype]), codegen
-
-
-@intrinsic
-def _store_masked(typingctx, a, index, value, count):
-    vector = VECTORS[a.dtype]
-
-    def codegen(context, builder, sig, args):
-        pointer = builder.bitcast(
-            _pointer(context, builder, sig.args[0], *args[:2]), _llvm_type(vector).as_pointer()
-        )
-        mask = _lane_mask(builder, args[3], vector.lanes)
-        align = ir.Constant(I32, a.dtype.bitwidth // 8)
-        name = f"llvm.masked.store.{_suffix(vector)}.p0"
-        _call(builder, name, ir.VoidType(), [args[2], pointer, align, mask])
-        return context.get_dummy_value()
-
-    return types.void(a, index, vector, types.int64), codegen
-
-
-@intrinsic
-def _prefetch(typingctx, a, index):
-    def codegen(context, builder, sig, args):
-        pointer = builder.bitcast(_pointer(context, builder, sig.args[0], *args), ir.IntType(8).as_pointer())
-        flags = [ir.Constant(I32, k) for k in (0, 3, 1)]  # read, keep in all caches, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
-        return context.get_dummy_value()
-
-    return types.void(a, index), codegen
 
 
 def width(a: np.ndarray) -> int:
@@ -196,161 +141,184 @@ def total(x: Any) -> Any:
     return x[0]
 
 
-@overload(width, jit_options={"forceinline": True})
-def _width(a):
-    lanes = VECTORS[a.dtype].lanes
-    return lambda a: lanes
+def _pointer(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+    array_type, index_type = sig.args[:2]
+    struct = context.make_array(array_type)(context, builder, args[0])
+    indices = [
+        context.cast(builder, index, t, types.intp)
+        for index, t in zip(cgutils.unpack_tuple(builder, args[1]), index_type, strict=True)
+    ]
+    return cgutils.get_item_pointer(context, builder, array_type, struct, indices, wraparound=False)
 
 
-@overload(load, jit_options={"forceinline": True})
-def _overload_load(a, index, count=None):
-    if count is None or isinstance(count, types.Omitted | types.NoneType):
-        return lambda a, index, count=None: _load(a, index)
-    return lambda a, index, count=None: _load_masked(a, index, count)
+def _is_place(a: Any, index: Any) -> bool:
+    return isinstance(a, types.Array) and isinstance(index, types.BaseTuple) and len(index) == a.ndim
 
 
-@overload(store, jit_options={"forceinline": True})
-def _overload_store(a, index, value, count=None):
-    if count is None or isinstance(count, types.Omitted | types.NoneType):
-        return lambda a, index, value, count=None: _store(a, index, value)
-    return lambda a, index, value, count=None: _store_masked(a, index, value, count)
+def _lane_mask(context: Any, builder: ir.IRBuilder, count: ir.Value, count_type: Any, lanes: int) -> ir.Value:
+    index = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+    count = context.cast(builder, count, count_type, types.int32)
+    return builder.icmp_signed("<", index, _splat(builder, count, lanes))
 
 
-@overload(prefetch, jit_options={"forceinline": True})
-def _overload_prefetch(a, index):
-    return lambda a, index: _prefetch(a, index)
+def _emit_load(context, builder, sig, args):
+    vector = _llvm_type(sig.return_type)
+    align = sig.args[0].dtype.bitwidth // 8
+    pointer = builder.bitcast(_pointer(context, builder, sig, args), vector.as_pointer())
+    if len(args) == 2:
+        return builder.load(pointer, align=align)
+    mask = _lane_mask(context, builder, args[2], sig.args[2], sig.return_type.lanes)
+    operands = [pointer, ir.Constant(I32, align), mask, ir.Constant(vector, None)]
+    return _call(builder, f"llvm.masked.load.{_suffix(sig.return_type)}.p0", vector, operands)
 
 
-@intrinsic
-def _total(typingctx, x):
-    def codegen(context, builder, sig, args):
-        v, lanes = args[0], x.lanes
-        while lanes > 1:
-            lanes //= 2
-            undefined = ir.Constant(v.type, ir.Undefined)
-            parts = [
-                builder.shuffle_vector(v, undefined, ir.Constant(ir.VectorType(I32, lanes), list(part)))
-                for part in (range(lanes), range(lanes, 2 * lanes))
-            ]
-            v = builder.fadd(*parts)
-        return builder.extract_element(v, ir.Constant(I32, 0))
-
-    return x.dtype(x), codegen
+def _emit_store(context, builder, sig, args):
+    vector = sig.args[2]
+    align = sig.args[0].dtype.bitwidth // 8
+    pointer = builder.bitcast(_pointer(context, builder, sig, args), _llvm_type(vector).as_pointer())
+    if len(args) == 3:
+        builder.store(args[2], pointer, align=align)
+    else:
+        mask = _lane_mask(context, builder, args[3], sig.args[3], vector.lanes)
+        operands = [args[2], pointer, ir.Constant(I32, align), mask]
+        _call(builder, f"llvm.masked.store.{_suffix(vector)}.p0", ir.VoidType(), operands)
+    return context.get_dummy_value()
 
 
-@overload(total, jit_options={"forceinline": True})
-def _overload_total(x):
-    return lambda x: _total(x)
+def _store_result(a, index, value, count=None):
+    if not _is_place(a, index):
+        return None
+    if not a.mutable or value != VECTORS.get(a.dtype):
+        raise TypingError(f"store: cannot write {value} to {a}")
+    return types.none
+
+
+def _emit_prefetch(context, builder, sig, args):
+    pointer = builder.bitcast(_pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
+    flags = [ir.Constant(I32, k) for k in (0, 3, 1)]  # read, keep in all caches, data
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+    return context.get_dummy_value()
+
+
+def _emit_total(context, builder, sig, args):
+    v, lanes = args[0], sig.args[0].lanes
+    while lanes > 1:
+        lanes //= 2
+        halves = (range(lanes), range(lanes, 2 * lanes))
+        picks = [ir.Constant(ir.VectorType(I32, lanes), list(half)) for half in halves]
+        v = builder.fadd(*(builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), pick) for pick in picks))
+    return builder.extract_element(v, ir.Constant(I32, 0))
+
+
+def _emit_width(context, builder, sig, args):
+    return context.get_constant(types.intp, VECTORS[sig.args[0].dtype].lanes)
+
+
+_define(width, lambda a: types.intp, _emit_width)
+_define(load, lambda a, index, count=None: VECTORS[a.dtype] if _is_place(a, index) else None, _emit_load)
+_define(store, _store_result, _emit_store)
+_define(prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch)
+_define(total, lambda x: x.dtype, _emit_total)
 
 
 # --- arithmetic and comparisons ---
 
-_ARITHMETIC = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
-_COMPARISON = {
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
-    operator.eq: "==",
-    operator.ne: "!=",
-}
+
+def _same_vectors(x: Any, y: Any) -> bool:
+    return isinstance(x, VectorType) and x == y
 
 
-def _binary(op: Any, result: Any, emit: Any) -> None:
-    @infer_global(op)
-    class _Template(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and isinstance(args[0], VectorType) and args[0] == args[1]:
-                return signature(result(args[0]), *args)
-            return None
+def _arithmetic(operator_: Any, instruction: str) -> None:
+    def emit(context, builder, sig, args):
+        return getattr(builder, instruction)(*args)
 
-    lower_builtin(op, VectorType, VectorType)(lambda context, builder, sig, args: emit(builder, *args))
+    _define(operator_, lambda x, y=None: x if _same_vectors(x, y) else None, emit)
 
 
-for _op, _name in _ARITHMETIC.items():
-    _binary(_op, lambda t: t, lambda builder, x, y, name=_name: getattr(builder, name)(x, y))
-for _op, _name in _COMPARISON.items():
-    _compare = (
-        (lambda builder, x, y: builder.fcmp_unordered("!=", x, y))
-        if _name == "!="
-        else (lambda builder, x, y, name=_name: builder.fcmp_ordered(name, x, y))
-    )
-    _binary(_op, _mask_of, _compare)
-_binary(operator.and_, lambda t: t, lambda builder, x, y: builder.and_(x, y))
-_binary(operator.or_, lambda t: t, lambda builder, x, y: builder.or_(x, y))
+def _comparison(operator_: Any, symbol: str) -> None:
+    def emit(context, builder, sig, args):
+        compare = builder.fcmp_unordered if symbol == "!=" else builder.fcmp_ordered
+        return compare(symbol, *args)
+
+    _define(operator_, lambda x, y: _mask_of(x) if _same_vectors(x, y) else None, emit)
 
 
-@infer_global(operator.neg)
-class _Negation(AbstractTemplate):
-    def generic(self, args, kws):
-        return signature(args[0], args[0]) if isinstance(args[0], VectorType) else None
-
-
-@lower_builtin(operator.neg, VectorType)
-def _lower_negation(context, builder, sig, args):
-    return builder.fneg(args[0])
+for _op, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _arithmetic(_op, _name)
+for _op, _name in ((operator.and_, "and_"), (operator.or_, "or_")):
+    _arithmetic(_op, _name)
+for _op, _name in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+    (operator.ne, "!="),
+):
+    _comparison(_op, _name)
+_define(
+    operator.neg,
+    lambda x: x if isinstance(x, VectorType) else None,
+    lambda context, builder, sig, args: builder.fneg(args[0]),
+)
 
 
 # --- the primitives of npmamba.scalar, for vectors and for scalar floats alike ---
 
 
-@intrinsic
-def _cast(typingctx, c, x):
-    element = x.dtype if isinstance(x, VectorType) else x
-
-    def codegen(context, builder, sig, args):
-        number = context.cast(builder, args[0], sig.args[0], element)
-        return _splat(builder, number, x.lanes) if isinstance(x, VectorType) else number
-
-    return x(c, x), codegen
+def _emit_cast(context, builder, sig, args):
+    x = sig.return_type
+    if sig.args[0] == x:
+        return args[0]
+    number = context.cast(builder, args[0], sig.args[0], getattr(x, "dtype", x))
+    return _splat(builder, number, x.lanes) if isinstance(x, VectorType) else number
 
 
-@intrinsic
-def _fma(typingctx, x, y, z):
-    def codegen(context, builder, sig, args):
-        return _call(builder, f"llvm.fma.{_suffix(x)}", _llvm_type(x), list(args))
-
-    return x(x, x, x), codegen
+def _emit_fma(context, builder, sig, args):
+    return _call(builder, f"llvm.fma.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
 
 
-@intrinsic
-def _select(typingctx, condition, x, y):
-    def codegen(context, builder, sig, args):
-        return builder.select(*args)
-
-    return x(_mask_of(x), x, x), codegen
-
-
-@intrinsic
-def _add_exponent(typingctx, x, shifted):
+def _add_exponent(x: Any, shifted: Any) -> Any:
     """Multiply the float32 `x` by 2^k, where `shifted` is k + 1.5 * 2^23: its low bits are k's."""
+    return (np.asarray(x).view(np.int32) + (np.asarray(shifted).view(np.int32) << 23)).view(np.float32)[()]
 
-    def codegen(context, builder, sig, args):
-        integer = ir.VectorType(I32, x.lanes) if isinstance(x, VectorType) else I32
-        places = ir.Constant(integer, [23] * x.lanes if isinstance(x, VectorType) else 23)
-        exponent = builder.shl(builder.bitcast(args[1], integer), places)
-        return builder.bitcast(builder.add(builder.bitcast(args[0], integer), exponent), _llvm_type(x))
 
-    return x(x, x), codegen
+def _emit_add_exponent(context, builder, sig, args):
+    x = sig.return_type
+    integer = ir.VectorType(I32, x.lanes) if isinstance(x, VectorType) else I32
+    places = ir.Constant(integer, [23] * x.lanes if isinstance(x, VectorType) else 23)
+    exponent = builder.shl(builder.bitcast(args[1], integer), places)
+    return builder.bitcast(builder.add(builder.bitcast(args[0], integer), exponent), _llvm_type(x))
+
+
+_define(cast, lambda c, x: x if _is_number(x) else None, _emit_cast)
+_define(fma, lambda x, y, z: x if _is_number(x) and x == y == z else None, _emit_fma)
+_define(
+    select,
+    lambda condition, x, y: x if _is_number(x) and x == y and condition == _mask_of(x) else None,
+    lambda context, builder, sig, args: builder.select(*args),
+)
+_define(_add_exponent, lambda x, shifted: x, _emit_add_exponent)
 
 
 def _libm(name: str) -> Any:
-    """Return an intrinsic that calls the C library's float64 function `name` on every lane."""
+    """Return a function that calls the C library's float64 function `name` on every lane."""
 
-    @intrinsic
-    def call(typingctx, x):
-        def codegen(context, builder, sig, args):
-            if not isinstance(x, VectorType):
-                return _call(builder, name, ir.DoubleType(), list(args))
-            result = ir.Constant(_llvm_type(x), ir.Undefined)
-            for lane in range(x.lanes):
-                one = builder.extract_element(args[0], ir.Constant(I32, lane))
-                one = _call(builder, name, ir.DoubleType(), [one])
-                result = builder.insert_element(result, one, ir.Constant(I32, lane))
-            return result
+    def emit(context, builder, sig, args):
+        x = sig.return_type
+        if not isinstance(x, VectorType):
+            return _call(builder, name, ir.DoubleType(), list(args))
+        result = ir.Constant(_llvm_type(x), ir.Undefined)
+        for lane in range(x.lanes):
+            one = builder.extract_element(args[0], ir.Constant(I32, lane))
+            one = _call(builder, name, ir.DoubleType(), [one])
+            result = builder.insert_element(result, one, ir.Constant(I32, lane))
+        return result
 
-        return x(x), codegen
+    def call(x):
+        raise NotImplementedError("only compiled code calls the C library directly")
 
+    _define(call, lambda x: x, emit)
     return call
 
 
@@ -444,18 +412,3 @@ def _overload_elementary(primitive: Any, name: str) -> None:
 
 for _primitive in (exp2, exp, expm1, log1p):
     _overload_elementary(_primitive, _primitive.__name__)
-
-
-@overload(cast, jit_options={"forceinline": True})
-def _overload_cast(c, x):
-    return (lambda c, x: _cast(c, x)) if _is_number(x) else None
-
-
-@overload(fma, jit_options={"forceinline": True})
-def _overload_fma(x, y, z):
-    return (lambda x, y, z: _fma(x, y, z)) if _is_number(x) else None
-
-
-@overload(select, jit_options={"forceinline": True})
-def _overload_select(condition, x, y):
-    return (lambda condition, x, y: _select(condition, x, y)) if _is_number(x) else None
