@@ -1,0 +1,243 @@
+"""The shape of the source tree: floors, one stem per operation, twins that agree.
+
+Everything here is read from the source text, so a rule holds for files that this machine cannot import too.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "npmamba"
+
+FLOORS = [
+    "scalar shapes backend autodiff.tape autodiff.tree cuda.launch",
+    "cpu cpu.* cuda.* reference reference.*",
+    "ops ops.* autodiff.algebra autodiff.check lti",
+    "autodiff autodiff.optim block config config_names checkpoint data settings",
+    "lm tasks",
+    "train generate inspect testing testing.* report charts doctor",
+    "cli",
+    "__main__",
+]
+
+# NVIDIA's `cuda` is spread over many folders, none with an __init__.py; these are its parts.
+TAKEN_BY_NVIDIA = {"__init__", "core", "bindings", "pathfinder", "cccl", "compute", "coop", "tile"}
+
+
+def module_name(path: Path) -> str:
+    """Name a file below npmamba/ as imports do, without the leading ``npmamba.``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package; its root, which imports the rest by name when asked, is left out."""
+    folders = [PACKAGE, *(entry for entry in PACKAGE.iterdir() if entry.is_symlink())]
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    return {name: path for path in sorted(files) if (name := module_name(path))}
+
+
+def operations() -> list[str]:
+    return sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield each imported module and whether it is loaded with the file; ours without ``npmamba.``.
+
+    An import that only type checkers follow is none.
+    """
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    late = {id(inner) for node in ast.walk(tree) if isinstance(node, functions) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module if node.module and not node.level else "npmamba"
+            whole = [f"{module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            names = [n if n.removeprefix("npmamba.") in known | {"numba.cuda"} else module for n in whole]
+        else:
+            continue
+        for name in names:
+            yield name.removeprefix("npmamba."), id(node) not in late
+
+
+def floor(module: str) -> int | None:
+    for number, patterns in enumerate(FLOORS):
+        if any(fnmatchcase(module, pattern) for pattern in patterns.split()):
+            return number
+    return None
+
+
+def climbs(importer: str, imported: str) -> bool:
+    """Tell whether an import goes up, or sideways into another folder."""
+    above, below = floor(importer), floor(imported)
+    assert above is not None
+    assert below is not None
+    sideways = above == below and importer.rpartition(".")[0] != imported.rpartition(".")[0]
+    return below > above or (sideways and imported.rpartition(".")[0] != importer)
+
+
+def test_the_rule_of_floors_can_fail():
+    assert climbs("ops.selective_scan", "lm")
+    assert climbs("cpu.selective_scan", "reference.selective_scan")
+    assert climbs("cpu.selective_scan", "cuda.selective_scan")
+    assert not climbs("ops.selective_scan", "cpu.selective_scan")
+    assert not climbs("block", "config")
+    tree = ast.parse("import npmamba.lm\ndef f():\n    from npmamba import cli\n    from numba import cuda")
+    assert list(imports(tree, {"lm", "cli"})) == [("lm", True), ("cli", False), ("numba.cuda", False)]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_file_imports_only_from_lower_floors(module):
+    assert floor(module) is not None, f"npmamba.{module} stands on no floor: give it one in FLOORS"
+    known = set(modules())
+    for imported, _ in imports(syntax(modules()[module]), known):
+        assert imported != "npmamba", f"npmamba.{module} must import from where things are defined"
+        if imported in known:
+            assert not climbs(module, imported), f"npmamba.{module} must not import npmamba.{imported}"
+
+
+def test_no_import_leads_back_to_its_file():
+    known = set(modules())
+    graph = {m: {i for i, _ in imports(syntax(p), known) if i in known} for m, p in modules().items()}
+    for module in graph:
+        reached, frontier = set(), set(graph[module])
+        while frontier:
+            reached |= frontier
+            frontier = {below for above in frontier for below in graph[above]} - reached
+        assert module not in reached, f"npmamba.{module} imports itself, by way of {sorted(reached)}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_only_the_cuda_folder_needs_cuda(module):
+    """CuPy is imported in cuda/launch.py alone; elsewhere only inside a function that was asked for a GPU."""
+    if module == "cuda.launch":
+        return
+    for imported, at_import in imports(syntax(modules()[module]), set(modules())):
+        top = imported.partition(".")[0]
+        in_launcher = top == "cupy" and (at_import or module.startswith("cuda."))
+        kernels = imported.startswith("numba.cuda") and at_import and not module.startswith("cuda.")
+        assert not in_launcher, f"npmamba.{module} imports {imported}; only cuda/launch.py may"
+        assert not kernels, f"npmamba.{module} imports {imported}; only cuda/ may"
+
+
+def test_references_are_independent_of_the_kernels():
+    for module, path in modules().items():
+        if module.startswith("reference."):
+            tops = {imported.partition(".")[0] for imported, _ in imports(syntax(path), set(modules()))}
+            assert not tops & {"cpu", "cuda", "ops", "numba"}, module
+
+
+def test_the_links_lead_to_the_top_level_folders():
+    for name in ("autodiff", "cuda"):
+        assert (PACKAGE / name).resolve() == ROOT / name
+
+
+def test_cuda_hides_nothing_of_nvidias():
+    """Run from the root of a checkout, ``cuda`` is found in ours first: NVIDIA's parts must stay visible."""
+    taken = {path.name.partition(".")[0] for path in (ROOT / "cuda").iterdir()} & TAKEN_BY_NVIDIA
+    assert not taken, (
+        f"cuda/ holds {sorted(taken)}: run from the root of a checkout, this hides NVIDIA's own `cuda` package "
+        "of that name, and `from numba import cuda` fails"
+    )
+
+
+def signatures(tree: ast.Module) -> dict[str, str]:
+    """Return the public functions of a module with their arguments and defaults, annotations left out."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = copy.deepcopy(node.args)
+            for argument in ast.walk(arguments):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            found[node.name] = ast.unparse(arguments)
+    return found
+
+
+def test_the_comparison_of_twins_can_fail():
+    cpu = ast.parse("def forward(u: int, *, save=True) -> int: ...\ndef _kernel(): ...")
+    assert signatures(cpu) == {"forward": "u, *, save=True"}
+    assert signatures(cpu) != signatures(ast.parse("def forward(u, *, save=False): ..."))
+
+
+def test_there_are_operations():
+    assert operations()
+
+
+@pytest.mark.parametrize("op", operations())
+def test_an_operation_is_one_stem(op):
+    wanted = [
+        f"npmamba/ops/{op}.md",
+        f"npmamba/cpu/{op}.py",
+        f"npmamba/reference/{op}.py",
+        f"tests/test_{op}.py",
+    ]
+    assert [name for name in wanted if not (ROOT / name).is_file()] == []
+    public = signatures(syntax(PACKAGE / f"ops/{op}.py"))
+    assert op in public
+    reference = signatures(syntax(PACKAGE / f"reference/{op}.py"))
+    assert {"forward"} | ({"backward"} if f"{op}_backward" in public else set()) <= set(reference)
+
+
+@pytest.mark.parametrize("op", operations())
+def test_twins_agree(op):
+    cpu, cuda = PACKAGE / f"cpu/{op}.py", ROOT / f"cuda/{op}.py"
+    assert "forward" in signatures(syntax(cpu))
+    if cuda.is_file():
+        assert signatures(syntax(cuda)) == signatures(syntax(cpu))
+
+
+def homes() -> dict[str, str]:
+    """The table of public names in npmamba/__init__.py, read as text; a name given twice is an error."""
+    for node in syntax(PACKAGE / "__init__.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
+            assert isinstance(node.value, ast.Dict)
+            keys = [ast.literal_eval(key) for key in node.value.keys if key is not None]
+            assert sorted(keys) == sorted(set(keys)), "a name is listed twice"
+            return ast.literal_eval(node.value)
+    raise AssertionError("npmamba/__init__.py has no table _HOME")
+
+
+def test_public_names_are_listed_once_and_where_they_are_defined():
+    for name, module in homes().items():
+        assert module in modules(), f"{name} is said to be in npmamba.{module}, which does not exist"
+        defined = {node.name for node in syntax(modules()[module]).body if hasattr(node, "name")}
+        assert name in defined, f"{name} is not defined in npmamba.{module}"
+
+
+@pytest.mark.parametrize("op", operations())
+def test_every_public_function_of_an_operation_is_a_public_name(op):
+    for name in signatures(syntax(PACKAGE / f"ops/{op}.py")):
+        assert homes().get(name) == f"ops.{op}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_library_neither_prints_nor_runs_text(module):
+    refused = {"exec", "eval", "compile", "breakpoint", "input"} | ({"print"} if module != "cli" else set())
+    for node in ast.walk(syntax(modules()[module])):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in refused, f"npmamba.{module}:{node.lineno} calls {node.func.id}()"
