@@ -160,8 +160,8 @@ def test_cuda_hides_nothing_of_nvidias():
     """Run from the root of a checkout, ``cuda`` is found in ours first: NVIDIA's parts must stay visible."""
     taken = {path.name.partition(".")[0] for path in (ROOT / "cuda").iterdir()} & TAKEN_BY_NVIDIA
     assert not taken, (
-        f"cuda/ holds {sorted(taken)}: run from the root of a checkout, this hides NVIDIA's own `cuda` package "
-        "of that name, and `from numba import cuda` fails"
+        f"cuda/ holds {sorted(taken)}: run from the root of a checkout, this hides NVIDIA's own `cuda` "
+        "package of that name, and `from numba import cuda` fails"
     )
 
 
