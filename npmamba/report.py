@@ -66,20 +66,14 @@ def render(report: Report) -> str:
     >>> "1.52" in page and "http" not in page
     True
     """
-    parts = [
-        _header(report),
-        _loss(report),
-        _sample(report),
-        _selectivity(report),
-        _spectrum(report),
-        _tables(report),
-    ]
+    sections = (_header, _loss, _sample, _selectivity, _spectrum, _tables)
+    body = "".join(section(report) for section in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(report.title)} · npmamba</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(section(report) for section in sections)}</main><script>{SCRIPT}</script></body></html>\n"
+        f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -161,8 +155,8 @@ def _spectrum(report: Report) -> str:
         return ""
     caption = (
         "Left to itself, a state decays by the factor e in 1/(Δ·|A|) characters. How many states of each "
-        "layer have which time constant, at the mean Δ of their channel: short ones see letters, long ones words "
-        "and beyond."
+        "layer have which time constant, at the mean Δ of their channel: short ones see letters, long ones "
+        "words and beyond."
     )
     chart = spectrum_chart(report.time_constants, context=report.context)
     return _section("Memory", caption, f"<figure>{chart}</figure>")
