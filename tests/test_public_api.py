@@ -63,7 +63,7 @@ def test_a_public_function_is_documented_with_an_example(name):
     assert ">>> " in text, "an example that doctest runs"
     section = text[parameters:returns]
     arguments = inspect.signature(function).parameters
-    assert [name for name in arguments if not re.search(rf"^ *[\w, ]*\b{name}\b", section, re.M)] == []
+    assert [name for name in arguments if not re.search(rf"^[\w, ]*\b{name}\b", section, re.M)] == []
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
