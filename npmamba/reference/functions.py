@@ -49,7 +49,7 @@ def expm1(x: Any) -> Any:
 
 
 def log1p(x: Any) -> Any:
-    """Compute log(1 + x) without cancellation, for real and complex `x`.
+    """Compute log(1 + x) without cancellation, for real `x` and complex `x` of a real part above -1.
 
     >>> bool(abs(log1p(1e-20 + 0j) - 1e-20) < 1e-35)
     True
@@ -57,7 +57,8 @@ def log1p(x: Any) -> Any:
     x = np.asarray(x)
     if not np.iscomplexobj(x):
         return np.log1p(x)
-    return _join(np.log1p(x.real * (2 + x.real) + x.imag * x.imag) / 2, np.arctan2(x.imag, 1 + x.real))
+    slope = x.imag / (1 + x.real)
+    return _join(np.log1p(x.real) + np.log1p(slope * slope) / 2, np.arctan(slope))
 
 
 def softplus(x: Any) -> Any:
