@@ -66,18 +66,6 @@ def test_one_axis_named_twice_in_a_layout_must_agree_with_itself():
         Arguments("solve").shape("A", np.empty((2, 3)), "dim dim")
 
 
-def test_an_implied_length_names_its_owner():
-    arguments = Arguments("conv")
-    arguments.length("width - 1", 3, "weight")
-    message = (
-        "conv: initial_state has width - 1=2, but weight has width - 1=3; "
-        "initial_state must be (batch, dim), got shape (1, 2)"
-    )
-    arguments.length("dim", 3, "weight")
-    with pytest.raises(ValueError, match=says(message.replace("width - 1", "dim"))):
-        arguments.shape("initial_state", np.empty((1, 2)), "batch dim")
-
-
 @given(LENGTHS, LENGTHS)
 def test_a_minimum_length_holds(length, minimum):
     arguments = Arguments("scan")
@@ -88,6 +76,18 @@ def test_a_minimum_length_holds(length, minimum):
     message = f"scan: A has dstate={length}; dstate must be at least {minimum}"
     with pytest.raises(ValueError, match=says(message)):
         arguments.at_least("dstate", minimum)
+
+
+@given(LENGTHS, LENGTHS)
+def test_a_maximum_length_holds(length, maximum):
+    arguments = Arguments("scan")
+    arguments.shape("A", np.empty((1, length)), "dim dstate")
+    if length <= maximum:
+        arguments.at_most("dstate", maximum)
+        return
+    message = f"scan: A has dstate={length}; dstate must be at most {maximum}"
+    with pytest.raises(ValueError, match=says(message)):
+        arguments.at_most("dstate", maximum)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])

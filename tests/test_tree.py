@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,9 @@ FLOORS = [
     "scalar shapes backend autodiff.tape autodiff.tree cuda.launch",
     "cpu cpu.* cuda.* reference reference.*",
     "ops ops.* autodiff.algebra autodiff.check lti",
-    "autodiff autodiff.optim block config config_names checkpoint data settings",
+    "autodiff autodiff.optim block config config_names checkpoint tensorfile files data settings",
     "lm tasks",
-    "train generate inspect testing testing.* report charts doctor",
+    "train generate inspect testing testing.* report report_style charts progress runs doctor",
     "cli",
     "__main__",
 ]
@@ -55,11 +55,12 @@ def syntax(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each imported module and whether it is loaded with the file; ours without ``npmamba.``.
+def imports(tree: ast.Module, ours: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the full name of each imported module, and whether it is loaded as soon as the file is.
 
-    An import that only type checkers follow is none.
+    `ours` tells ``from npmamba import module`` from the import of a name. Type checkers' imports are left out.
     """
+    known = {"numba.cuda", *(f"npmamba.{name}" for name in ours)}
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -77,11 +78,17 @@ def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             module = node.module if node.module and not node.level else "npmamba"
             whole = [f"{module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
-            names = [n if n.removeprefix("npmamba.") in known | {"numba.cuda"} else module for n in whole]
+            names = [name if name in known else module for name in whole]
         else:
             continue
         for name in names:
-            yield name.removeprefix("npmamba."), id(node) not in late
+            yield name, id(node) not in late
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """Return which of our modules a file imports, now or later; the package's root is an empty name."""
+    every = {name for name, _ in imports(syntax(path), modules())}
+    return {name.removeprefix("npmamba").lstrip(".") for name in every if name.partition(".")[0] == "npmamba"}
 
 
 def floor(module: str) -> int | None:
@@ -107,22 +114,20 @@ def test_the_rule_of_floors_can_fail():
     assert not climbs("ops.selective_scan", "cpu.selective_scan")
     assert not climbs("block", "config")
     tree = ast.parse("import npmamba.lm\ndef f():\n    from npmamba import cli\n    from numba import cuda")
-    assert list(imports(tree, {"lm", "cli"})) == [("lm", True), ("cli", False), ("numba.cuda", False)]
+    late = [("npmamba.cli", False), ("numba.cuda", False)]
+    assert list(imports(tree, ["lm", "cli"])) == [("npmamba.lm", True), *late]
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_a_file_imports_only_from_lower_floors(module):
     assert floor(module) is not None, f"npmamba.{module} stands on no floor: give it one in FLOORS"
-    known = set(modules())
-    for imported, _ in imports(syntax(modules()[module]), known):
-        assert imported != "npmamba", f"npmamba.{module} must import from where things are defined"
-        if imported in known:
-            assert not climbs(module, imported), f"npmamba.{module} must not import npmamba.{imported}"
+    for imported in imports_of_ours(modules()[module]):
+        assert imported, f"npmamba.{module} must import from where things are defined, not from npmamba"
+        assert not climbs(module, imported), f"npmamba.{module} must not import npmamba.{imported}"
 
 
 def test_no_import_leads_back_to_its_file():
-    known = set(modules())
-    graph = {m: {i for i, _ in imports(syntax(p), known) if i in known} for m, p in modules().items()}
+    graph = {module: imports_of_ours(path) & set(modules()) for module, path in modules().items()}
     for module in graph:
         reached, frontier = set(), set(graph[module])
         while frontier:
@@ -136,7 +141,7 @@ def test_only_the_cuda_folder_needs_cuda(module):
     """CuPy is imported in cuda/launch.py alone; elsewhere only inside a function that was asked for a GPU."""
     if module == "cuda.launch":
         return
-    for imported, at_import in imports(syntax(modules()[module]), set(modules())):
+    for imported, at_import in imports(syntax(modules()[module]), modules()):
         top = imported.partition(".")[0]
         in_launcher = top == "cupy" and (at_import or module.startswith("cuda."))
         kernels = imported.startswith("numba.cuda") and at_import and not module.startswith("cuda.")
@@ -147,8 +152,10 @@ def test_only_the_cuda_folder_needs_cuda(module):
 def test_references_are_independent_of_the_kernels():
     for module, path in modules().items():
         if module.startswith("reference."):
-            tops = {imported.partition(".")[0] for imported, _ in imports(syntax(path), set(modules()))}
-            assert not tops & {"cpu", "cuda", "ops", "numba"}, module
+            ours = {name.partition(".")[0] for name in imports_of_ours(path)}
+            others = {name.partition(".")[0] for name, _ in imports(syntax(path), modules())}
+            assert not ours & {"cpu", "cuda", "ops"}, module
+            assert "numba" not in others, module
 
 
 def test_the_links_lead_to_the_top_level_folders():
