@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba.extending import register_jitable
 
-formula = njit(forceinline=True, error_model="numpy")
+formula = register_jitable(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Decorator of a formula: plain Python when called from Python, compiled into the kernels that call it."""
 
 
 # --- primitives: each target supplies its own; these are the stand-ins for plain Python and NumPy ---

@@ -74,15 +74,17 @@ class Arguments:
             if bound != length:
                 raise ValueError(f"{self.op}: {name} has {axis}={length}, but {owner} has {axis}={bound}; {tail}")
 
-    def length(self, axis: str, length: int, owner: str) -> None:
-        """Bind `axis` to a length that is implied by `owner` rather than shown by an array."""
-        self._axes[axis] = (length, owner)
-
     def at_least(self, axis: str, minimum: int) -> None:
         """Raise ValueError if the bound `axis` is shorter than `minimum`."""
         length, owner = self._axes[axis]
         if length < minimum:
             raise ValueError(f"{self.op}: {owner} has {axis}={length}; {axis} must be at least {minimum}")
+
+    def at_most(self, axis: str, maximum: int) -> None:
+        """Raise ValueError if the bound `axis` is longer than `maximum`."""
+        length, owner = self._axes[axis]
+        if length > maximum:
+            raise ValueError(f"{self.op}: {owner} has {axis}={length}; {axis} must be at most {maximum}")
 
     def dtype(self, name: str, x: Any, expected: Any = None, like: str | None = None) -> np.dtype:
         """Check that `x` has the dtype `expected`, or any floating dtype if that is None.

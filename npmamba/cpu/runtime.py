@@ -94,7 +94,7 @@ def kernel(function: Callable[..., None]) -> Kernel:
     return Kernel(function)
 
 
-inner = njit(nogil=True, error_model="numpy")
+inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Decorator of a function that kernels call: compiled with them."""
 
 

@@ -1,0 +1,662 @@
+"""CPU twin of `npmamba.ops.selective_scan`: Numba loops, forward and backward.
+
+A task is one batch row and one block of channels. Time is walked in tiles of `TILE` steps that stay in the first-level
+cache; inside a tile the loops are: channel vector, state, time. One state of one vector of channels lives in a register
+while it runs through the tile, so one kernel serves every dstate. The order of every sum is fixed by the tile and
+block sizes alone.
+
+Time-varying arguments arrive as (batch, seqlen, dim) with unit channel stride. Which step comes when, and where a new
+sequence begins, is told by `Schedule`: reversed time, packed sequences and padding cost the loops nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npmamba.cpu.runtime import (
+    Flag,
+    Int,
+    Read,
+    ReadInt,
+    Write,
+    WriteDouble,
+    empty,
+    in_order_of,
+    inner,
+    kernel,
+    launch,
+    native,
+    rows,
+    rows_like,
+    scratch,
+)
+from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
+from npmamba.cpu.simd import LANES, load, prefetch, store, total, width
+from npmamba.scalar import (
+    cast,
+    exp2,
+    phi,
+    phi_derivative,
+    readout,
+    sigmoid,
+    silu,
+    silu_derivative,
+    softplus,
+    state_step,
+    fma,
+)
+from npmamba.shapes import compute_dtype
+
+TILE = 64
+"""Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
+BLOCK_VECTORS = 8
+"""Vectors of channels per task."""
+
+
+# --- forward ---
+
+
+def _make_state_pass(zoh: bool, constant: bool) -> Any:
+    """Build the inner loop: one state of one vector of channels runs through steps `lo` to `hi` of a tile.
+
+    With `constant`, B and C have a factor per channel beside the one per step.
+    """
+
+    @inner
+    def state_pass(h, a, a2, b, c, delta, inputs, y, B, C, n, lo, hi):
+        for i in range(lo, hi):
+            step = load(delta, (i, 0))
+            inflow = load(inputs, (i, 0)) * cast(B[n, i], step)
+            gain = cast(C[n, i], step)
+            if zoh:
+                inflow = inflow * phi(step * a)
+            if constant:
+                inflow = inflow * b
+                gain = gain * c
+            h = state_step(exp2(step * a2), h, inflow)
+            store(y, (i, 0), readout(gain, h, load(y, (i, 0))))
+        return h
+
+    return state_pass
+
+
+_euler_pass = _make_state_pass(zoh=False, constant=False)
+_euler_pass_constant = _make_state_pass(zoh=False, constant=True)
+_zoh_pass = _make_state_pass(zoh=True, constant=False)
+_zoh_pass_constant = _make_state_pass(zoh=True, constant=True)
+
+
+@inner
+def _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C):
+    """Copy a tile of B and C into scratch, state by state in the order of the scan."""
+    for i in range(steps):
+        t = order[row, t0 + i]
+        for n in range(tile_B.shape[0]):
+            tile_B[n, i] = B[b, group, t, n]
+            tile_C[n, i] = C[b, group, t, n]
+
+
+@inner
+def _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, y):
+    """Fill a tile's delta = softplus(raw + bias), inputs = delta u, and y = D u."""
+    skip = load(D, (d,), count)
+    shift = load(bias, (d,), count)
+    last = order.shape[1] - 1
+    for i in range(steps):
+        t = order[row, t0 + i]
+        ahead = order[row, min(t0 + i + TILE, last)]
+        prefetch(u, (b, ahead, d))
+        prefetch(raw_delta, (b, ahead, d))
+        x = load(u, (b, t, d), count)
+        step = load(raw_delta, (b, t, d), count) + shift
+        if softplus_on:
+            step = softplus(step)
+        store(delta, (i, 0), step)
+        store(inputs, (i, 0), step * x)
+        store(y, (i, 0), skip * x)
+
+
+@inner
+def _segments(fresh, row, t0, steps, bounds):
+    """Write the borders of the runs inside a tile to `bounds` and return how many there are."""
+    count = 0
+    for i in range(steps):
+        if i == 0 or fresh[row, t0 + i]:
+            bounds[count] = i
+            count += 1
+    bounds[count] = steps
+    return count
+
+
+@kernel
+def _forward(
+    start: Int,
+    stop: Int,
+    u: Read[3],
+    raw_delta: Read[3],
+    A: Read[2],
+    A2: Read[2],
+    B: Read[4],
+    C: Read[4],
+    B_factor: Read[2],
+    C_factor: Read[2],
+    D: Read[1],
+    z: Read[3],
+    bias: Read[1],
+    initial: Read[3],
+    blocks: ReadInt[2],
+    order: ReadInt[2],
+    fresh: ReadInt[2],
+    steps_of: ReadInt[1],
+    out: Write[3],
+    last: Write[3],
+    checkpoints: Write[4],
+    softplus_on: Flag,
+    zoh: Flag,
+    constant: Flag,
+):
+    """Equation: h_t = exp(delta_t A) h_{t-1} + f_t B_t u_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
+    Threads: a task is (batch row, block of channels); loops over tiles of time, channel vectors, states, time.
+    Owns: out, last and checkpoints of its channels; nothing is summed across tasks.
+    Saved: the state before each tile.
+    """
+    w, dstate = width(u), A.shape[0]
+    tile_B, tile_C = scratch((dstate, TILE), u), scratch((dstate, TILE), u)
+    delta, inputs, y = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
+    h = scratch((BLOCK_VECTORS, dstate, w), u)
+    bounds = np.empty(TILE + 1, np.int64)
+    for task in range(start, stop):
+        b, block = task // blocks.shape[0], task % blocks.shape[0]
+        d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        row = b % order.shape[0]
+        for v in range((d1 - d0 + w - 1) // w):
+            d = d0 + v * w
+            for n in range(dstate):
+                store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
+        for t0 in range(0, steps_of[row], TILE):
+            steps = min(TILE, steps_of[row] - t0)
+            runs = _segments(fresh, row, t0, steps, bounds)
+            _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
+            for v in range((d1 - d0 + w - 1) // w):
+                d = d0 + v * w
+                count = d1 - d
+                _load_inputs(
+                    u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, y
+                )
+                for n in range(dstate):
+                    state = load(h, (v, n, 0))
+                    if checkpoints.shape[0]:
+                        store(checkpoints, (b, t0 // TILE, n, d), state, count)
+                    a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
+                    bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                    for run in range(runs):
+                        lo, hi = bounds[run], bounds[run + 1]
+                        if fresh[row, t0 + lo]:
+                            state = cast(0, state)
+                        if zoh and constant:
+                            state = _zoh_pass_constant(
+                                state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi
+                            )
+                        elif zoh:
+                            state = _zoh_pass(state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi)
+                        elif constant:
+                            state = _euler_pass_constant(
+                                state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi
+                            )
+                        else:
+                            state = _euler_pass(state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi)
+                    store(h, (v, n, 0), state)
+                for i in range(steps):
+                    t = order[row, t0 + i]
+                    value = load(y, (i, 0))
+                    if z.shape[0]:
+                        value = value * silu(load(z, (b, t, d), count))
+                    store(out, (b, t, d), value, count)
+        for v in range((d1 - d0 + w - 1) // w):
+            d = d0 + v * w
+            for n in range(dstate):
+                store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
+
+
+# --- backward ---
+
+
+def _make_state_pass_back(zoh: bool, constant: bool) -> Any:
+    """Build the two inner loops of the backward pass for one state of one vector of channels, steps `lo` to `hi`.
+
+    First the decays and states of the run are computed again, then time is walked back:
+    g_t = C_t dy_t + a_{t+1} g_{t+1}, and each gradient takes its share of g_t (see `selective_scan.md`).
+    """
+
+    @inner
+    def state_pass_back(
+        h, g, a, a2, b, c, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+    ):
+        delta, inputs, u, dy, y, dinput, ddelta = tile
+        B, C = maps
+        store(states, (lo, 0), h)
+        for i in range(lo, hi):
+            step = load(delta, (i, 0))
+            inflow = load(inputs, (i, 0)) * cast(B[n, i], step)
+            if zoh:
+                inflow = inflow * phi(step * a)
+            if constant:
+                inflow = inflow * b
+            decay = exp2(step * a2)
+            h = state_step(decay, h, inflow)
+            store(decays, (i, 0), decay)
+            store(states, (i + 1, 0), h)
+            if gated:
+                gain = cast(C[n, i], step)
+                if constant:
+                    gain = gain * c
+                store(y, (i, 0), readout(gain, h, load(y, (i, 0))))
+        dA, dB_factor, dC_factor = load(sums, (0, 0)), load(sums, (1, 0)), load(sums, (2, 0))
+        for j in range(hi - lo):
+            i = hi - 1 - j
+            step, cotangent = load(delta, (i, 0)), load(dy, (i, 0))
+            Bn, Cn = cast(B[n, i], step), cast(C[n, i], step)
+            dgain = cotangent * load(states, (i + 1, 0))
+            source = load(inputs, (i, 0))
+            gain = Cn
+            if constant:
+                dC_factor = fma(dgain, Cn, dC_factor)
+                dgain = dgain * c
+                gain = Cn * c
+            store(dC, (n, i, 0), load(dC, (n, i, 0)) + dgain)
+            g = fma(cotangent, gain, g)
+            decayed = g * load(decays, (i, 0))
+            Bg = g * Bn
+            if constant:
+                Bg = Bg * b
+            if zoh:
+                x = step * a
+                response = phi(x)
+                dx = Bg * load(u, (i, 0)) * step * phi_derivative(x)
+                dA = fma(dx, step, dA)
+                store(ddelta, (i, 0), fma(dx, a, load(ddelta, (i, 0))))
+                Bg = Bg * response
+                source = source * response
+            if constant:
+                dB_factor = fma(g * source, Bn, dB_factor)
+                source = source * b
+            store(dB, (n, i, 0), fma(g, source, load(dB, (n, i, 0))))
+            store(dinput, (i, 0), load(dinput, (i, 0)) + Bg)
+            p = decayed * load(states, (i, 0))
+            dA = fma(p, step, dA)
+            store(ddelta, (i, 0), fma(p, a, load(ddelta, (i, 0))))
+            g = decayed
+        store(sums, (0, 0), dA)
+        store(sums, (1, 0), dB_factor)
+        store(sums, (2, 0), dC_factor)
+        return g
+
+    return state_pass_back
+
+
+_euler_pass_back = _make_state_pass_back(zoh=False, constant=False)
+_zoh_pass_back = _make_state_pass_back(zoh=True, constant=False)
+_euler_pass_constant_back = _make_state_pass_back(zoh=False, constant=True)
+_zoh_pass_constant_back = _make_state_pass_back(zoh=True, constant=True)
+
+
+@inner
+def _load_cotangents(dout, z, b, d, order, row, t0, steps, count, dy):
+    """Fill a tile's dy = dout silu(z), the gradient before the gate."""
+    for i in range(steps):
+        t = order[row, t0 + i]
+        cotangent = load(dout, (b, t, d), count)
+        prefetch(dout, (b, order[row, max(t0 + i - TILE, 0)], d))
+        if z.shape[0]:
+            cotangent = cotangent * silu(load(z, (b, t, d), count))
+        store(dy, (i, 0), cotangent)
+
+
+@inner
+def _store_input_gradients(
+    u, raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count, tile, du, ddelta, dz, sums
+):
+    """Turn a tile's sums over the states into du, ddelta, dz, and its share of dD and dbias."""
+    delta, _, _, dy, y, dinput, dstep = tile
+    skip, shift = load(D, (d,), count), load(bias, (d,), count)
+    dD, dbias = cast(0, skip), cast(0, skip)
+    for i in range(steps):
+        t = order[row, t0 + i]
+        x, cotangent, share = load(u, (b, t, d), count), load(dy, (i, 0)), load(dinput, (i, 0))
+        store(du, (b, t, d), fma(load(delta, (i, 0)), share, skip * cotangent), count)
+        gradient = fma(x, share, load(dstep, (i, 0)))
+        if softplus_on:
+            gradient = gradient * sigmoid(load(raw_delta, (b, t, d), count) + shift)
+        store(ddelta, (b, t, d), gradient, count)
+        if z.shape[0]:
+            gate = load(z, (b, t, d), count)
+            store(dz, (b, t, d), load(dout, (b, t, d), count) * load(y, (i, 0)) * silu_derivative(gate), count)
+        dD = fma(cotangent, x, dD)
+        dbias = dbias + gradient
+    store(sums, (3, 0), dD)
+    store(sums, (4, 0), dbias)
+
+
+@inner
+def _add_to(long, v, k, short, row, lanes):
+    """Add a tile's sum to the float64 sum over all tiles."""
+    for lane in range(lanes):
+        long[v, k, lane] += short[row, lane]
+
+
+@inner
+def _store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts):
+    """Sum a tile's dB and dC over the channels of the block."""
+    for i in range(steps):
+        t = order[row, t0 + i]
+        for n in range(dB.shape[0]):
+            dB_parts[block, b, t, n] = total(load(dB, (n, i, 0)))
+            dC_parts[block, b, t, n] = total(load(dC, (n, i, 0)))
+
+
+@kernel
+def _backward(
+    start: Int,
+    stop: Int,
+    dout: Read[3],
+    u: Read[3],
+    raw_delta: Read[3],
+    A: Read[2],
+    A2: Read[2],
+    B: Read[4],
+    C: Read[4],
+    B_factor: Read[2],
+    C_factor: Read[2],
+    D: Read[1],
+    z: Read[3],
+    bias: Read[1],
+    dlast: Read[3],
+    checkpoints: Read[4],
+    blocks: ReadInt[2],
+    order: ReadInt[2],
+    fresh: ReadInt[2],
+    steps_of: ReadInt[1],
+    du: Write[3],
+    ddelta: Write[3],
+    dz: Write[3],
+    dinitial: Write[3],
+    dB_parts: Write[4],
+    dC_parts: Write[4],
+    dA_parts: WriteDouble[4],
+    dchannel_parts: WriteDouble[3],
+    softplus_on: Flag,
+    zoh: Flag,
+    constant: Flag,
+):
+    """Equation: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}, and the gradients that follow from it.
+    Threads: a task is (batch row, block of channels); tiles of time are walked backwards.
+    Owns: du, ddelta, dz, dinitial of its channels; its own part of dB, dC (summed over blocks by the caller)
+    and of dA, dD, dbias (summed over the batch by the caller).
+    Saved: the state before each tile; decays and states inside a tile are computed again.
+    """
+    w, dstate = width(u), A.shape[0]
+    tile_B, tile_C = scratch((dstate, TILE), u), scratch((dstate, TILE), u)
+    delta, inputs, skipped = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
+    x, dy, dinput, dstep = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
+    tile = (delta, inputs, x, dy, skipped, dinput, dstep)
+    maps = (tile_B, tile_C)
+    decays, states = scratch((TILE, w), u), scratch((TILE + 1, w), u)
+    dB, dC = scratch((dstate, TILE, w), u), scratch((dstate, TILE, w), u)
+    carry = scratch((BLOCK_VECTORS, dstate, w), u)
+    sums = scratch((5, w), u)
+    long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
+    bounds = np.empty(TILE + 1, np.int64)
+    gated = z.shape[0] > 0
+    for task in range(start, stop):
+        b, block = task // blocks.shape[0], task % blocks.shape[0]
+        d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        row = b % order.shape[0]
+        vectors = (d1 - d0 + w - 1) // w
+        long[:] = 0.0
+        for v in range(vectors):
+            for n in range(dstate):
+                store(carry, (v, n, 0), load(dlast, (b, n, d0 + v * w), d1 - d0 - v * w))
+        tiles = (steps_of[row] + TILE - 1) // TILE
+        for k in range(tiles):
+            t0 = (tiles - 1 - k) * TILE
+            steps = min(TILE, steps_of[row] - t0)
+            runs = _segments(fresh, row, t0, steps, bounds)
+            _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
+            dB[:] = 0.0
+            dC[:] = 0.0
+            for v in range(vectors):
+                d, count = d0 + v * w, d1 - d0 - v * w
+                _load_inputs(
+                    u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, skipped
+                )
+                _load_cotangents(dout, z, b, d, order, row, t0, steps, count, dy)
+                dinput[:] = 0.0
+                dstep[:] = 0.0
+                if zoh:
+                    for i in range(steps):
+                        store(x, (i, 0), load(u, (b, order[row, t0 + i], d), count))
+                for n in range(dstate):
+                    a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
+                    bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                    zero = cast(0, a)
+                    store(sums, (0, 0), zero)
+                    store(sums, (1, 0), zero)
+                    store(sums, (2, 0), zero)
+                    g = load(carry, (v, n, 0))
+                    for r in range(runs):
+                        run = runs - 1 - r
+                        lo, hi = bounds[run], bounds[run + 1]
+                        first = fresh[row, t0 + lo] != 0
+                        h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
+                        if zoh and constant:
+                            g = _zoh_pass_constant_back(
+                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                            )
+                        elif zoh:
+                            g = _zoh_pass_back(
+                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                            )
+                        elif constant:
+                            g = _euler_pass_constant_back(
+                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                            )
+                        else:
+                            g = _euler_pass_back(
+                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                            )
+                        if first:
+                            g = zero
+                    store(carry, (v, n, 0), g)
+                    for q in range(3):
+                        _add_to(long, v, q * dstate + n, sums, q, w)
+                _store_input_gradients(
+                    u, raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
+                    tile, du, ddelta, dz, sums,
+                )  # fmt: skip
+                _add_to(long, v, 3 * dstate, sums, 3, w)
+                _add_to(long, v, 3 * dstate + 1, sums, 4, w)
+            _store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts)
+        for v in range(vectors):
+            d, count = d0 + v * w, d1 - d0 - v * w
+            for n in range(dstate):
+                store(dinitial, (b, n, d), load(carry, (v, n, 0)), count)
+            for lane in range(min(w, count)):
+                for n in range(dstate):
+                    for q in range(3):
+                        dA_parts[q, b, n, d + lane] = long[v, q * dstate + n, lane]
+                for q in range(2):
+                    dchannel_parts[q, b, d + lane] = long[v, 3 * dstate + q, lane]
+
+
+# --- from the caller's arrays to the kernels' and back ---
+
+
+class Prepared(NamedTuple):
+    """The arguments as the kernels want them: time-varying ones (batch, seqlen, dim), maps (dstate, dim)."""
+
+    u: np.ndarray
+    delta: np.ndarray
+    A: np.ndarray
+    A2: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    B_factor: np.ndarray
+    C_factor: np.ndarray
+    D: np.ndarray
+    z: np.ndarray
+    delta_bias: np.ndarray
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs: the arguments, and the state before each tile."""
+
+    arguments: tuple[Any, ...]
+    prepared: Prepared
+    flags: tuple[bool, bool, bool]
+    schedule: Schedule
+    blocks: np.ndarray
+    checkpoints: np.ndarray
+
+
+def _channels(x: np.ndarray | None, dim: int, dtype: Any) -> np.ndarray:
+    return np.zeros(dim, dtype) if x is None else np.ascontiguousarray(native(x, dtype))
+
+
+def _map(M: np.ndarray, groups: int, shape: tuple[int, int], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Split B or C into a part per step (batch, groups, seqlen, dstate) and a factor per channel (dstate, dim)."""
+    batch, seqlen = shape
+    M = native(M, dtype)
+    if M.ndim == 2:
+        ones = np.broadcast_to(dtype.type(1), (batch, groups, seqlen, M.shape[1]))
+        return ones, np.ascontiguousarray(M.T)
+    steps = (M if M.ndim == 4 else M[:, None]).swapaxes(2, 3)
+    return np.broadcast_to(steps, (batch, groups, *steps.shape[2:])), np.empty((0, 0), dtype)
+
+
+def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and A log2(e) as (dstate, dim). Minus infinity becomes the largest number: times delta = 0 it must be 0."""
+    lowest = np.finfo(dtype).min
+    A = np.ascontiguousarray(native(A, dtype).T)
+    with np.errstate(over="ignore"):
+        return np.maximum(A, lowest), np.maximum(A * dtype.type(np.log2(np.e)), lowest)
+
+
+def _states(state: np.ndarray | None, shape: tuple[int, int, int], dtype: Any) -> np.ndarray:
+    """Return a (batch, dim, dstate) state as (batch, dstate, dim), zeros for None."""
+    batch, dim, dstate = shape
+    if state is None:
+        return np.zeros((batch, dstate, dim), dtype)
+    return np.ascontiguousarray(native(state, dtype).swapaxes(1, 2))
+
+
+def _prepare(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, dtype: Any) -> Prepared:
+    batch, dim, seqlen = u.shape
+    groups = max(M.shape[1] if M.ndim == 4 else 1 for M in (B, C))
+    (B, B_factor), (C, C_factor) = (_map(M, groups, (batch, seqlen), dtype) for M in (B, C))
+    ones = np.ones((A.shape[1], dim), dtype)
+    return Prepared(
+        rows(u, dtype),
+        rows(delta, dtype),
+        *_decay_rates(A, dtype),
+        B,
+        C,
+        B_factor if B_factor.size else ones,
+        C_factor if C_factor.size else ones,
+        _channels(D, dim, dtype),
+        np.zeros((0, 0, 0), dtype) if z is None else rows(z, dtype),
+        _channels(delta_bias, dim, dtype),
+    )
+
+
+def _fresh_output(u: np.ndarray, dtype: Any, walk: Schedule) -> np.ndarray:
+    """Allocate a result like `u`; zeros where padding is skipped, for the kernel does not write there."""
+    out = rows_like(u, dtype)
+    if (walk.steps < u.shape[2]).any():
+        out[...] = 0
+    return out
+
+
+def forward(
+    u: np.ndarray,
+    delta: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray | None,
+    z: np.ndarray | None,
+    delta_bias: np.ndarray | None,
+    initial_state: np.ndarray | None,
+    *,
+    delta_softplus: bool,
+    discretization: str,
+    seq_idx: np.ndarray | None,
+    reverse: bool,
+    precise: bool,
+    save: bool,
+) -> tuple[np.ndarray, np.ndarray, Saved | None]:
+    """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked."""
+    dtype = np.dtype(np.float64) if precise else compute_dtype(u.dtype)
+    (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+    prepared = _prepare(u, delta, A, B, C, D, z, delta_bias, dtype)
+    flags = (bool(delta_softplus), discretization == "zoh", B.ndim == 2 or C.ndim == 2)
+    walk = schedule(seqlen, seq_idx, reverse)
+    blocks = channel_blocks(dim, prepared.B.shape[1], LANES[dtype] * BLOCK_VECTORS)
+    out = _fresh_output(u, dtype, walk)
+    last = empty((batch, dstate, dim), dtype)
+    checkpoints = empty((batch, -(-seqlen // TILE), dstate, dim) if save else (0, 0, 0, 0), dtype)
+    state = _states(initial_state, (batch, dim, dstate), dtype)
+    tasks = batch * len(blocks)
+    launch(
+        _forward, dtype, tasks, *prepared, state, blocks, *walk, out, last, checkpoints, *flags, work=u.size * dstate
+    )
+    y = in_order_of(out, u)
+    last = np.ascontiguousarray(last.swapaxes(1, 2), compute_dtype(u.dtype))
+    if not save:
+        return y, last, None
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return y, last, Saved(arguments, prepared, flags, walk, blocks, checkpoints)
+
+
+def backward(dout: np.ndarray | None, dlast_state: np.ndarray | None, saved: Saved) -> tuple[np.ndarray | None, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, None where one was not given."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = saved.arguments
+    (batch, dim, seqlen), dstate, dtype = u.shape, A.shape[1], saved.checkpoints.dtype
+    groups, blocks = saved.prepared.B.shape[1], saved.blocks
+    du, ddelta = _fresh_output(u, dtype, saved.schedule), _fresh_output(u, dtype, saved.schedule)
+    dz = np.zeros((0, 0, 0), dtype) if z is None else _fresh_output(u, dtype, saved.schedule)
+    dinitial = empty((batch, dstate, dim), dtype)
+    parts = [np.zeros((len(blocks), batch, seqlen, dstate), dtype) for _ in "BC"]
+    long = empty((3, batch, dstate, dim), np.float64)
+    channels = empty((2, batch, dim), np.float64)
+    dlast = _states(dlast_state, (batch, dim, dstate), dtype)
+    cotangent = np.zeros((batch, seqlen, dim), dtype) if dout is None else rows(dout, dtype)
+    arguments = (cotangent, *saved.prepared, dlast, saved.checkpoints, blocks, *saved.schedule)
+    results = (du, ddelta, dz, dinitial, *parts, long, channels)
+    launch(_backward, dtype, batch * len(blocks), *arguments, *results, *saved.flags, work=u.size * dstate)
+    dA, dB_factor, dC_factor = long.sum(axis=1).swapaxes(1, 2)
+    dD, dbias = channels.sum(axis=1)
+    return (
+        in_order_of(du, u),
+        in_order_of(ddelta, delta),
+        np.ascontiguousarray(dA, A.dtype.newbyteorder("=")),
+        _map_gradient(parts[0], dB_factor, B, groups),
+        _map_gradient(parts[1], dC_factor, C, groups),
+        None if D is None else dD.astype(D.dtype.newbyteorder("=")),
+        None if z is None else in_order_of(dz, z),
+        None if delta_bias is None else dbias.astype(delta_bias.dtype.newbyteorder("=")),
+        None
+        if initial_state is None
+        else np.ascontiguousarray(dinitial.swapaxes(1, 2), initial_state.dtype.newbyteorder("=")),
+    )
+
+
+def _map_gradient(parts: np.ndarray, factor: np.ndarray, M: np.ndarray, groups: int) -> np.ndarray:
+    """Sum the blocks' parts (blocks, batch, seqlen, dstate) of dB or dC to the shape of `M`."""
+    dtype = M.dtype.newbyteorder("=")
+    if M.ndim == 2:
+        return np.ascontiguousarray(factor, dtype)
+    grouped = parts.reshape(groups, -1 if parts.size else 0, *parts.shape[1:]).sum(axis=1)
+    dM = grouped.transpose(1, 0, 3, 2) if M.ndim == 4 and M.shape[1] == groups else grouped.sum(axis=0).swapaxes(1, 2)
+    return dM.astype(dtype, copy=False)
