@@ -58,7 +58,7 @@ def syntax(path: Path) -> ast.Module:
 def imports(tree: ast.Module, ours: Collection[str]) -> Iterator[tuple[str, bool]]:
     """Yield the full name of each imported module, and whether it is loaded as soon as the file is.
 
-    `ours` tells ``from npmamba import module`` from the import of a name. Type checkers' imports are left out.
+    `ours` tells ``from npmamba import module`` from the import of a name. Those for type checkers are left out.
     """
     known = {"numba.cuda", *(f"npmamba.{name}" for name in ours)}
     typing_only = {
