@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,9 @@ import pytest
 
 import npmamba
 
-PROJECT = Path(npmamba.__file__).resolve().parent.parent / "pyproject.toml"
+ROOT = Path(npmamba.__file__).resolve().parent.parent
+PROJECT = ROOT / "pyproject.toml"
+checkout = pytest.mark.skipif(not PROJECT.is_file(), reason="about a checkout, not an installed package")
 
 HELP = """
 import contextlib, io, npmamba.cli
@@ -24,10 +27,10 @@ assert "train" in said.getvalue()
 """
 
 
-def run(code: str) -> Any:
-    """Run `code` in a fresh interpreter and return what its last line wrote as JSON."""
+def run(code: str, folder: Path | None = None) -> Any:
+    """Run `code` in a fresh interpreter in `folder` and return what its last line wrote as JSON."""
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -76,7 +79,20 @@ def test_the_linked_folders_are_sub_packages():
     run("import json, npmamba.autodiff.tape, npmamba.cuda\nprint(json.dumps(True))")
 
 
-@pytest.mark.skipif(not PROJECT.is_file(), reason="an installed package has no pyproject.toml beside it")
+@checkout
+def test_links_that_came_out_as_text_files_still_lead_there(tmp_path):
+    """Git without link support, and some archives, write a link as a file that holds the target's name."""
+    for name in ("npmamba", "autodiff"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("*.pyc"))
+    for link in [path for path in (tmp_path / "npmamba").iterdir() if path.is_symlink()]:
+        target = link.readlink()
+        link.unlink()
+        link.write_text(str(target), encoding="utf-8")
+    code = "import json, npmamba.autodiff.tape\nprint(json.dumps(npmamba.autodiff.tape.__file__))"
+    assert Path(run(code, tmp_path)) == tmp_path / "autodiff" / "tape.py"
+
+
+@checkout
 def test_the_core_needs_no_more_than_it_says():
     """Five packages, as the README promises; everything else is an extra."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
