@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -176,3 +177,18 @@ def choose(*, quiet: bool, stream: TextIO | None = None) -> Silent:
         except ImportError:
             pass
     return Plain(stream)
+
+
+@contextlib.contextmanager
+def shown(*, quiet: bool = False) -> Iterator[Silent]:
+    """Use a display for a while; it also shows what the library logs, such as that kernels are being compiled."""
+    display, log = choose(quiet=quiet), logging.getLogger("npmamba")
+    handler, level = NoticeHandler(display), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield display
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        display.close()

@@ -1,0 +1,238 @@
+"""What works on this machine, and why the rest does not: the findings behind ``npmamba doctor``.
+
+Each finding names one piece, says whether it is there, and if not, the command that installs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GOOD, MISSING, BAD = "ok", "missing", "broken"
+
+
+class Finding(NamedTuple):
+    """One piece: its group, its name, GOOD, MISSING or BAD, what was seen, and how to mend it."""
+
+    group: str
+    name: str
+    state: str
+    detail: str
+    remedy: str = ""
+
+
+def findings() -> list[Finding]:
+    """Look at everything; a probe that raises becomes a finding of its own."""
+    out = []
+    for group, probe in _PROBES:
+        try:
+            out += [Finding(group, *row) for row in probe()]
+        except Exception as error:  # a broken piece must not hide the others
+            out.append(Finding(group, probe.__name__.strip("_"), BAD, f"{type(error).__name__}: {error}"))
+    return out
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, remedy: str) -> tuple[str, ...]:
+    version = _version(name)
+    return (name, GOOD, version) if version else (name, MISSING, "not installed", remedy)
+
+
+def _python() -> list[tuple[str, ...]]:
+    from npmamba import __version__
+
+    where = f"{platform.python_version()} ({platform.python_implementation()}, {platform.platform()})"
+    core = [
+        _package(name, f"pip install {name}")
+        for name in ("numpy", "numba", "scipy", "safetensors", "ml_dtypes")
+    ]
+    return [("npmamba", GOOD, f"{__version__}, {Path(__file__).parent}"), ("python", GOOD, where), *core]
+
+
+def blas() -> str:
+    """Name NumPy's matrix library and, where it tells, its number of threads."""
+    import numpy as np
+
+    with contextlib.redirect_stdout(None):
+        build: Any = np.show_config(mode="dicts")
+    library = build["Build Dependencies"]["blas"]
+    threads = _openblas_threads()
+    return f"{library['name']} {library['version']}" + (f", {threads} threads" if threads else "")
+
+
+def _openblas_threads() -> int | None:
+    """Ask the OpenBLAS that NumPy carries; None where there is none."""
+    import numpy as np
+
+    folder = Path(np.__file__).parent.parent / "numpy.libs"
+    for path in folder.glob("*openblas*"):
+        library = ctypes.CDLL(str(path))
+        for name in (
+            "scipy_openblas_get_num_threads64_",
+            "openblas_get_num_threads64_",
+            "openblas_get_num_threads",
+        ):
+            if hasattr(library, name):
+                return int(getattr(library, name)())
+    return None
+
+
+def processor() -> str:
+    """Name the processor and count the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {cores()} cores"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu() -> list[tuple[str, ...]]:
+    from npmamba.cpu import cache, runtime, simd
+
+    folder = cache.folder()
+    kept = [path.stat().st_size for path in folder.glob("*")] if folder.is_dir() else []
+    size = (
+        f"{len(kept)} files, {sum(kept) / 2**20:.1f} MiB"
+        if kept
+        else "empty, kernels are compiled at first use"
+    )
+    vector = f"{simd.BYTES * 8}-bit vectors ({simd.BYTES // 4} float32 at once)"
+    return [
+        ("processor", GOOD, processor()),
+        ("vectors", GOOD, vector),
+        ("kernel threads", GOOD, str(runtime.num_threads())),
+        ("BLAS", GOOD, blas()),
+        ("kernel cache", *_cache_state(folder, size)),
+    ]
+
+
+def _cache_state(folder: Path, size: str) -> tuple[str, ...]:
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(nearest, os.W_OK):
+        return BAD, f"{folder} cannot be written", "set NPMAMBA_CACHE_DIR to a folder of yours"
+    if folder.exists() and os.name != "nt" and folder.stat().st_mode & 0o022:
+        return BAD, f"{folder} can be written by others and is not used", f"chmod go-w {folder}"
+    return GOOD, f"{folder} ({size})"
+
+
+def _extras() -> list[tuple[str, ...]]:
+    app, fuzz = "pip install 'npmamba[app]'", "pip install 'npmamba[fuzz]'"
+    pairs = [("rich", app), ("matplotlib", app), ("hypothesis", fuzz), ("greenlet", fuzz), ("mpmath", fuzz)]
+    return [_package(name, remedy) for name, remedy in [*pairs, ("tokenizers", "pip install tokenizers")]]
+
+
+def _cuda() -> list[tuple[str, ...]]:
+    release = _driver()
+    extra = "cuda13" if release is None or release >= (13, 0) else "cuda12"
+    install = f"pip install 'npmamba[{extra}]'"
+    out: list[tuple[str, ...]] = []
+    if release is None:
+        out.append(("driver", MISSING, "no NVIDIA driver library (libcuda) on this machine", _NO_DRIVER))
+    else:
+        out.append(("driver", GOOD, f"CUDA {release[0]}.{release[1]}"))
+    cupy = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _version(name)), None)
+    out.append((cupy, GOOD, _version(cupy) or "") if cupy else ("cupy", MISSING, "not installed", install))
+    out.append(_package("numba-cuda", install))
+    return [*out, _device()] if release and cupy else out
+
+
+_NO_DRIVER = "install NVIDIA's driver: https://www.nvidia.com/drivers"
+
+
+def _driver() -> tuple[int, int] | None:
+    """Ask the driver library for its CUDA release, with no CUDA package."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int(0)
+    library.cuDriverGetVersion(ctypes.byref(number))
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _device() -> tuple[str, ...]:
+    cupy = importlib.import_module("cupy")
+    found = cupy.cuda.runtime.getDeviceProperties(0)
+    memory = found["totalGlobalMem"] / 2**30
+    return (
+        "device",
+        GOOD,
+        f"{found['name'].decode()}, {memory:.0f} GiB, sm_{found['major']}{found['minor']}",
+    )
+
+
+def _self_test() -> list[tuple[str, ...]]:
+    error = scan_error()
+    state = GOOD if error < 1e-5 else BAD
+    return [
+        ("selective scan", state, f"float32 kernel against the float64 reference: {error:.1e} of the maximum")
+    ]
+
+
+def scan_error() -> float:
+    """Return max |kernel - reference| / max |reference| of one small random scan."""
+    import numpy as np
+
+    from npmamba.ops.selective_scan import selective_scan
+    from npmamba.reference import selective_scan as reference
+
+    rng = np.random.default_rng(0)
+    u, delta, z = rng.normal(size=(3, 2, 24, 50))
+    A, (B, C) = -rng.uniform(0.5, 16, size=(24, 16)), rng.normal(size=(2, 2, 16, 50))
+    D, bias = rng.normal(size=(2, 24))
+    y = selective_scan(*(x.astype(np.float32) for x in (u, delta, A, B, C, D, z, bias)), delta_softplus=True)
+    expected = reference.forward(u, delta, A, B, C, D, z, bias, delta_softplus=True)[0]
+    return float(np.abs(y - expected).max() / np.abs(expected).max())
+
+
+def declare_kernels() -> None:
+    """Import every module of CPU kernels, so that `npmamba.cpu.runtime.KERNELS` lists them all."""
+    from npmamba import cpu
+
+    for module in pkgutil.iter_modules(cpu.__path__):
+        importlib.import_module(f"npmamba.cpu.{module.name}")
+
+
+_PROBES: list[tuple[str, Callable[[], list[tuple[str, ...]]]]] = [
+    ("core", _python),
+    ("cpu", _cpu),
+    ("extras", _extras),
+    ("cuda", _cuda),
+    ("self test", _self_test),
+]
+
+
+def machine() -> dict[str, str]:
+    """Return the few lines that tell one machine from another, for reports."""
+    from npmamba import __version__
+
+    return {
+        "npmamba": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) or "-" for name in ("numpy", "numba")},
+        "processor": processor(),
+        "BLAS": blas(),
+        "system": platform.platform(),
+    }
