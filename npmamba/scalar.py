@@ -144,3 +144,24 @@ def phi_derivative(x):
     p = fma(p, s, cast(2 / 6, x))
     p = fma(p, s, cast(1 / 2, x))
     return select(near, p, (exp(far) - phi(far)) / far)
+
+
+# --- normalization and loss, one number of a row ---
+
+
+@formula
+def normalized(s, r, weight):
+    """s r weight, where r = 1 / sqrt(mean(s^2) + eps) belongs to the row"""
+    return s * r * weight
+
+
+@formula
+def normalized_derivative(q, s_hat, mean, r):
+    """ds = r (q - s_hat mean(q s_hat)), with q = dy weight and s_hat = s r"""
+    return r * fma(-s_hat, mean, q)
+
+
+@formula
+def softmax_term(logit, top, factor):
+    """e^(logit - top) factor: one probability, times what its row is scaled with"""
+    return exp(logit - top) * factor
