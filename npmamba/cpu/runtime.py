@@ -96,6 +96,10 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Decorator of a function that kernels call: compiled with them."""
+tight = njit(
+    nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+"""The same for a function of a line or two, which is always put in place of its call."""
 
 
 # --- threads ---

@@ -31,12 +31,14 @@ from npmamba.cpu.runtime import (
     rows,
     rows_like,
     scratch,
+    tight,
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
-from npmamba.cpu.simd import LANES, load, prefetch, store, total, width
+from npmamba.cpu.simd import LANES, load, pick, prefetch, store, total, width
 from npmamba.scalar import (
     cast,
     exp2,
+    fma,
     phi,
     phi_derivative,
     readout,
@@ -45,7 +47,6 @@ from npmamba.scalar import (
     silu_derivative,
     softplus,
     state_step,
-    fma,
 )
 from npmamba.shapes import compute_dtype
 
@@ -53,6 +54,23 @@ TILE = 64
 """Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
 BLOCK_VECTORS = 8
 """Vectors of channels per task."""
+
+
+# --- the tile: what the loops over one vector of channels work on, TILE steps long ---
+
+DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
+"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, ddelta but for the softplus, decays, states before each step."""
+
+
+@tight
+def _get(tile, slot, i):
+    """Read the vector of step `i` from a slot. Slots lie in one flat array: one address serves them all."""
+    return load(tile, ((slot * (TILE + 1) + i) * width(tile),))
+
+
+@tight
+def _put(tile, slot, i, value):
+    store(tile, ((slot * (TILE + 1) + i) * width(tile),), value)
 
 
 # --- forward ---
@@ -65,18 +83,18 @@ def _make_state_pass(zoh: bool, constant: bool) -> Any:
     """
 
     @inner
-    def state_pass(h, a, a2, b, c, delta, inputs, y, B, C, n, lo, hi):
+    def state_pass(h, a, a2, b, c, tile, B, C, n, lo, hi):
         for i in range(lo, hi):
-            step = load(delta, (i, 0))
-            inflow = load(inputs, (i, 0)) * cast(B[n, i], step)
-            gain = cast(C[n, i], step)
+            step = _get(tile, DELTA, i)
+            inflow = _get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
+            gain = cast(pick(C, n * TILE + i), step)
             if zoh:
                 inflow = inflow * phi(step * a)
             if constant:
                 inflow = inflow * b
                 gain = gain * c
             h = state_step(exp2(step * a2), h, inflow)
-            store(y, (i, 0), readout(gain, h, load(y, (i, 0))))
+            _put(tile, Y, i, readout(gain, h, _get(tile, Y, i)))
         return h
 
     return state_pass
@@ -93,13 +111,13 @@ def _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C):
     """Copy a tile of B and C into scratch, state by state in the order of the scan."""
     for i in range(steps):
         t = order[row, t0 + i]
-        for n in range(tile_B.shape[0]):
-            tile_B[n, i] = B[b, group, t, n]
-            tile_C[n, i] = C[b, group, t, n]
+        for n in range(B.shape[3]):
+            tile_B[n * TILE + i] = B[b, group, t, n]
+            tile_C[n * TILE + i] = C[b, group, t, n]
 
 
 @inner
-def _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, y):
+def _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile):
     """Fill a tile's delta = softplus(raw + bias), inputs = delta u, and y = D u."""
     skip = load(D, (d,), count)
     shift = load(bias, (d,), count)
@@ -113,9 +131,10 @@ def _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on
         step = load(raw_delta, (b, t, d), count) + shift
         if softplus_on:
             step = softplus(step)
-        store(delta, (i, 0), step)
-        store(inputs, (i, 0), step * x)
-        store(y, (i, 0), skip * x)
+        _put(tile, DELTA, i, step)
+        _put(tile, INPUTS, i, step * x)
+        _put(tile, Y, i, skip * x)
+        _put(tile, U, i, x)
 
 
 @inner
@@ -163,8 +182,8 @@ def _forward(
     Saved: the state before each tile.
     """
     w, dstate = width(u), A.shape[0]
-    tile_B, tile_C = scratch((dstate, TILE), u), scratch((dstate, TILE), u)
-    delta, inputs, y = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
+    tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
+    tile = scratch((SLOTS * (TILE + 1) * w,), u)
     h = scratch((BLOCK_VECTORS, dstate, w), u)
     bounds = np.empty(TILE + 1, np.int64)
     for task in range(start, stop):
@@ -182,9 +201,7 @@ def _forward(
             for v in range((d1 - d0 + w - 1) // w):
                 d = d0 + v * w
                 count = d1 - d
-                _load_inputs(
-                    u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, y
-                )
+                _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
                 for n in range(dstate):
                     state = load(h, (v, n, 0))
                     if checkpoints.shape[0]:
@@ -196,21 +213,17 @@ def _forward(
                         if fresh[row, t0 + lo]:
                             state = cast(0, state)
                         if zoh and constant:
-                            state = _zoh_pass_constant(
-                                state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi
-                            )
+                            state = _zoh_pass_constant(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
                         elif zoh:
-                            state = _zoh_pass(state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi)
+                            state = _zoh_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
                         elif constant:
-                            state = _euler_pass_constant(
-                                state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi
-                            )
+                            state = _euler_pass_constant(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
                         else:
-                            state = _euler_pass(state, a, a2, bf, cf, delta, inputs, y, tile_B, tile_C, n, lo, hi)
+                            state = _euler_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
                     store(h, (v, n, 0), state)
                 for i in range(steps):
                     t = order[row, t0 + i]
-                    value = load(y, (i, 0))
+                    value = _get(tile, Y, i)
                     if z.shape[0]:
                         value = value * silu(load(z, (b, t, d), count))
                     store(out, (b, t, d), value, count)
@@ -231,62 +244,61 @@ def _make_state_pass_back(zoh: bool, constant: bool) -> Any:
     """
 
     @inner
-    def state_pass_back(
-        h, g, a, a2, b, c, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
-    ):
-        delta, inputs, u, dy, y, dinput, ddelta = tile
-        B, C = maps
-        store(states, (lo, 0), h)
+    def state_pass_back(h, g, a, a2, b, c, tile, B, C, dB, dC, sums, n, lo, hi, gated):
+        w = width(tile)
+        _put(tile, STATE, lo, h)
         for i in range(lo, hi):
-            step = load(delta, (i, 0))
-            inflow = load(inputs, (i, 0)) * cast(B[n, i], step)
+            step = _get(tile, DELTA, i)
+            inflow = _get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
             if zoh:
                 inflow = inflow * phi(step * a)
             if constant:
                 inflow = inflow * b
             decay = exp2(step * a2)
             h = state_step(decay, h, inflow)
-            store(decays, (i, 0), decay)
-            store(states, (i + 1, 0), h)
+            _put(tile, DECAY, i, decay)
+            _put(tile, STATE, i + 1, h)
             if gated:
-                gain = cast(C[n, i], step)
+                gain = cast(pick(C, n * TILE + i), step)
                 if constant:
                     gain = gain * c
-                store(y, (i, 0), readout(gain, h, load(y, (i, 0))))
+                _put(tile, Y, i, readout(gain, h, _get(tile, Y, i)))
         dA, dB_factor, dC_factor = load(sums, (0, 0)), load(sums, (1, 0)), load(sums, (2, 0))
         for j in range(hi - lo):
             i = hi - 1 - j
-            step, cotangent = load(delta, (i, 0)), load(dy, (i, 0))
-            Bn, Cn = cast(B[n, i], step), cast(C[n, i], step)
-            dgain = cotangent * load(states, (i + 1, 0))
-            source = load(inputs, (i, 0))
+            place = ((n * TILE + i) * w,)
+            step, cotangent = _get(tile, DELTA, i), _get(tile, DY, i)
+            Bn, Cn = cast(pick(B, n * TILE + i), step), cast(pick(C, n * TILE + i), step)
+            dgain = cotangent * _get(tile, STATE, i + 1)
+            source = _get(tile, INPUTS, i)
             gain = Cn
             if constant:
                 dC_factor = fma(dgain, Cn, dC_factor)
                 dgain = dgain * c
                 gain = Cn * c
-            store(dC, (n, i, 0), load(dC, (n, i, 0)) + dgain)
+            store(dC, place, load(dC, place) + dgain)
             g = fma(cotangent, gain, g)
-            decayed = g * load(decays, (i, 0))
+            decayed = g * _get(tile, DECAY, i)
             Bg = g * Bn
             if constant:
                 Bg = Bg * b
+            dstep = _get(tile, DSTEP, i)
             if zoh:
                 x = step * a
                 response = phi(x)
-                dx = Bg * load(u, (i, 0)) * step * phi_derivative(x)
+                dx = Bg * _get(tile, U, i) * step * phi_derivative(x)
                 dA = fma(dx, step, dA)
-                store(ddelta, (i, 0), fma(dx, a, load(ddelta, (i, 0))))
+                dstep = fma(dx, a, dstep)
                 Bg = Bg * response
                 source = source * response
             if constant:
                 dB_factor = fma(g * source, Bn, dB_factor)
                 source = source * b
-            store(dB, (n, i, 0), fma(g, source, load(dB, (n, i, 0))))
-            store(dinput, (i, 0), load(dinput, (i, 0)) + Bg)
-            p = decayed * load(states, (i, 0))
+            store(dB, place, fma(g, source, load(dB, place)))
+            _put(tile, DINPUT, i, _get(tile, DINPUT, i) + Bg)
+            p = decayed * _get(tile, STATE, i)
             dA = fma(p, step, dA)
-            store(ddelta, (i, 0), fma(p, a, load(ddelta, (i, 0))))
+            _put(tile, DSTEP, i, fma(p, a, dstep))
             g = decayed
         store(sums, (0, 0), dA)
         store(sums, (1, 0), dB_factor)
@@ -303,7 +315,7 @@ _zoh_pass_constant_back = _make_state_pass_back(zoh=True, constant=True)
 
 
 @inner
-def _load_cotangents(dout, z, b, d, order, row, t0, steps, count, dy):
+def _load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile):
     """Fill a tile's dy = dout silu(z), the gradient before the gate."""
     for i in range(steps):
         t = order[row, t0 + i]
@@ -311,28 +323,29 @@ def _load_cotangents(dout, z, b, d, order, row, t0, steps, count, dy):
         prefetch(dout, (b, order[row, max(t0 + i - TILE, 0)], d))
         if z.shape[0]:
             cotangent = cotangent * silu(load(z, (b, t, d), count))
-        store(dy, (i, 0), cotangent)
+        _put(tile, DY, i, cotangent)
+        _put(tile, DINPUT, i, cast(0, cotangent))
+        _put(tile, DSTEP, i, cast(0, cotangent))
 
 
 @inner
 def _store_input_gradients(
-    u, raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count, tile, du, ddelta, dz, sums
+    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count, tile, du, ddelta, dz, sums
 ):
     """Turn a tile's sums over the states into du, ddelta, dz, and its share of dD and dbias."""
-    delta, _, _, dy, y, dinput, dstep = tile
     skip, shift = load(D, (d,), count), load(bias, (d,), count)
     dD, dbias = cast(0, skip), cast(0, skip)
     for i in range(steps):
         t = order[row, t0 + i]
-        x, cotangent, share = load(u, (b, t, d), count), load(dy, (i, 0)), load(dinput, (i, 0))
-        store(du, (b, t, d), fma(load(delta, (i, 0)), share, skip * cotangent), count)
-        gradient = fma(x, share, load(dstep, (i, 0)))
+        x, cotangent, share = _get(tile, U, i), _get(tile, DY, i), _get(tile, DINPUT, i)
+        store(du, (b, t, d), fma(_get(tile, DELTA, i), share, skip * cotangent), count)
+        gradient = fma(x, share, _get(tile, DSTEP, i))
         if softplus_on:
             gradient = gradient * sigmoid(load(raw_delta, (b, t, d), count) + shift)
         store(ddelta, (b, t, d), gradient, count)
         if z.shape[0]:
             gate = load(z, (b, t, d), count)
-            store(dz, (b, t, d), load(dout, (b, t, d), count) * load(y, (i, 0)) * silu_derivative(gate), count)
+            store(dz, (b, t, d), load(dout, (b, t, d), count) * _get(tile, Y, i) * silu_derivative(gate), count)
         dD = fma(cotangent, x, dD)
         dbias = dbias + gradient
     store(sums, (3, 0), dD)
@@ -351,9 +364,10 @@ def _store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_p
     """Sum a tile's dB and dC over the channels of the block."""
     for i in range(steps):
         t = order[row, t0 + i]
-        for n in range(dB.shape[0]):
-            dB_parts[block, b, t, n] = total(load(dB, (n, i, 0)))
-            dC_parts[block, b, t, n] = total(load(dC, (n, i, 0)))
+        for n in range(dB_parts.shape[3]):
+            place = ((n * TILE + i) * width(dB),)
+            dB_parts[block, b, t, n] = total(load(dB, place))
+            dC_parts[block, b, t, n] = total(load(dC, place))
 
 
 @kernel
@@ -397,13 +411,9 @@ def _backward(
     Saved: the state before each tile; decays and states inside a tile are computed again.
     """
     w, dstate = width(u), A.shape[0]
-    tile_B, tile_C = scratch((dstate, TILE), u), scratch((dstate, TILE), u)
-    delta, inputs, skipped = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
-    x, dy, dinput, dstep = scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u), scratch((TILE, w), u)
-    tile = (delta, inputs, x, dy, skipped, dinput, dstep)
-    maps = (tile_B, tile_C)
-    decays, states = scratch((TILE, w), u), scratch((TILE + 1, w), u)
-    dB, dC = scratch((dstate, TILE, w), u), scratch((dstate, TILE, w), u)
+    tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
+    tile = scratch((SLOTS * (TILE + 1) * w,), u)
+    dB, dC = scratch((dstate * TILE * w,), u), scratch((dstate * TILE * w,), u)
     carry = scratch((BLOCK_VECTORS, dstate, w), u)
     sums = scratch((5, w), u)
     long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
@@ -428,15 +438,8 @@ def _backward(
             dC[:] = 0.0
             for v in range(vectors):
                 d, count = d0 + v * w, d1 - d0 - v * w
-                _load_inputs(
-                    u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, delta, inputs, skipped
-                )
-                _load_cotangents(dout, z, b, d, order, row, t0, steps, count, dy)
-                dinput[:] = 0.0
-                dstep[:] = 0.0
-                if zoh:
-                    for i in range(steps):
-                        store(x, (i, 0), load(u, (b, order[row, t0 + i], d), count))
+                _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
+                _load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile)
                 for n in range(dstate):
                     a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
                     bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
@@ -452,19 +455,19 @@ def _backward(
                         h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
                         if zoh and constant:
                             g = _zoh_pass_constant_back(
-                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
                             )
                         elif zoh:
                             g = _zoh_pass_back(
-                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
                             )
                         elif constant:
                             g = _euler_pass_constant_back(
-                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
                             )
                         else:
                             g = _euler_pass_back(
-                                h, g, a, a2, bf, cf, tile, maps, decays, states, dB, dC, sums, n, lo, hi, gated
+                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
                             )
                         if first:
                             g = zero
@@ -472,7 +475,7 @@ def _backward(
                     for q in range(3):
                         _add_to(long, v, q * dstate + n, sums, q, w)
                 _store_input_gradients(
-                    u, raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
+                    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
                     tile, du, ddelta, dz, sums,
                 )  # fmt: skip
                 _add_to(long, v, 3 * dstate, sums, 3, w)

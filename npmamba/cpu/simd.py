@@ -130,6 +130,11 @@ def store(a: np.ndarray, index: tuple[int, ...], value: Any, count: int | None =
     a[index[:-1]][index[-1] : index[-1] + count] = value[:count]
 
 
+def pick(a: np.ndarray, i: int) -> Any:
+    """Read ``a[i]`` of a one-dimensional C-contiguous array; unlike NumPy's index, `i` is taken as it is."""
+    return a[i]
+
+
 def prefetch(a: np.ndarray, index: tuple[int, ...]) -> None:
     """Ask for the cache line of ``a[index]``; the index need not lie inside the array."""
 
@@ -185,6 +190,15 @@ def _emit_store(context, builder, sig, args):
     return context.get_dummy_value()
 
 
+def _emit_pick(context, builder, sig, args):
+    struct = context.make_array(sig.args[0])(context, builder, args[0])
+    return builder.load(builder.gep(struct.data, [context.cast(builder, args[1], sig.args[1], types.intp)]))
+
+
+def _pick_result(a, i):
+    return a.dtype if isinstance(a, types.Array) and a.ndim == 1 and a.layout == "C" else None
+
+
 def _store_result(a, index, value, count=None):
     if not _is_place(a, index):
         return None
@@ -217,6 +231,7 @@ def _emit_width(context, builder, sig, args):
 _define(width, lambda a: types.intp, _emit_width)
 _define(load, lambda a, index, count=None: VECTORS[a.dtype] if _is_place(a, index) else None, _emit_load)
 _define(store, _store_result, _emit_store)
+_define(pick, _pick_result, _emit_pick)
 _define(prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch)
 _define(total, lambda x: x.dtype, _emit_total)
 
