@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from npmamba.autodiff.tape import primitive
 from npmamba.backend import array_module, twin
@@ -143,7 +144,7 @@ def _check(op: str, x: Any, weight: Any, residual: Any, eps: Any, **gradients: A
         if array.shape != x.shape:
             raise ValueError(f"{op}: {name} has shape {array.shape}, but x has shape {x.shape}; they must be equal")
         check.dtype(name, array, dtype, like=f"x is {dtype.name}")
-    if not isinstance(eps, Real) or isinstance(eps, bool):
+    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be 0 or more and finite, got {eps}")
