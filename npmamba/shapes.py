@@ -74,6 +74,10 @@ class Arguments:
             if bound != length:
                 raise ValueError(f"{self.op}: {name} has {axis}={length}, but {owner} has {axis}={bound}; {tail}")
 
+    def bind(self, axis: str, length: int, owner: str) -> None:
+        """Bind an axis whose length follows from `owner`, like ``width-1`` from the weights."""
+        self._axes.setdefault(axis, (length, owner))
+
     def at_least(self, axis: str, minimum: int) -> None:
         """Raise ValueError if the bound `axis` is shorter than `minimum`."""
         length, owner = self._axes[axis]
@@ -101,6 +105,11 @@ class Arguments:
             why = f" because {like}" if like else ""
             raise TypeError(f"{self.op}: {name} must be {np.dtype(expected).name}{why}, got {native.name}")
         return native
+
+    def writable(self, name: str, x: Any) -> None:
+        """Raise ValueError if `x`, which the operation changes in place, cannot be written."""
+        if not getattr(x.flags, "writeable", True):  # CuPy's arrays have no such flag: all can be written
+            raise ValueError(f"{self.op}: {name} is changed in place, but it is read-only")
 
     def integers(self, name: str, x: Any) -> None:
         """Raise TypeError unless `x` holds integers (booleans are none)."""
