@@ -164,6 +164,8 @@ def matmul(x: Any, y: Any) -> Any:
     array([11.])
     """
     array_module("matmul", x=x, y=y)
+    if x.ndim > 2 and y.ndim == 2:  # one product over all rows instead of one per leading index
+        return _product(_rows(x), y).reshape(*x.shape[:-1], y.shape[-1]), (x, y)
     return _product(x, y), (x, y)
 
 
@@ -173,7 +175,7 @@ def matmul_vjp(dout: Any, saved: Any) -> Any:
     x2, y2 = x[None] if x.ndim == 1 else x, y[:, None] if y.ndim == 1 else y
     dout = dout[..., None] if y.ndim == 1 else dout
     dout = dout[..., None, :] if x.ndim == 1 else dout
-    if y2.ndim == 2:  # one product over all rows instead of one per leading index
+    if y2.ndim == 2:
         x2, dout = _rows(x2), _rows(dout)
     dx, dy = _product(dout, y2.swapaxes(-1, -2)), _product(x2.swapaxes(-1, -2), dout)
     return (

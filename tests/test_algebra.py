@@ -82,6 +82,7 @@ def test_layout_vjps(shape, seed, data):
     check_vjp(lambda x: x.reshape(-1), x)
     check_vjp(lambda x: x.T, x)
     order = data.draw(st.permutations(range(x.ndim)))
+    order = [axis - x.ndim * data.draw(st.booleans()) for axis in order]
     check_vjp(lambda x: x.transpose(order), x)
     np.testing.assert_array_equal(algebra.transpose(x, *order), x.transpose(order))
     if x.ndim:
@@ -213,7 +214,7 @@ def test_python_numbers_do_not_widen():
 
 @pytest.mark.parametrize("op", ["matmul", "linear"])
 def test_products_copy_no_sliced_operand(op, monkeypatch):
-    """A slice of a wider array's last axis must reach BLAS as it is, forward and backward."""
+    """A slice of a wider array's last axis reaches BLAS as it is and in one product, forward and backward."""
     wide, weight = np.ones((2, 3, 8)), np.ones((4, 5))
     x, w = wide[..., 2:6], weight.T if op == "linear" else weight
     seen = []
@@ -223,7 +224,7 @@ def test_products_copy_no_sliced_operand(op, monkeypatch):
     dout = wide_dout[..., 1:6]
     pull(dout)
     used = [operand for pair in seen for operand in pair]
-    assert len(used) == 6
+    assert [operand.ndim for operand in used] == [2] * 6
     owners = (wide, weight, wide_dout)
     assert all(any(np.shares_memory(operand, owner) for owner in owners) for operand in used)
 
