@@ -197,7 +197,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once_in_order(length: in
     ("call", "kind", "message"),
     [
         (lambda: batch_at(np.arange(8), 1, 8, seed=0, step=0), ValueError,
-         "batch_at: seqlen=8 needs 9 tokens .* there are 8; use a shorter context"),
+         "batch_at: seqlen=8 needs 9 tokens, .*but there are 8; use a shorter context"),
         (lambda: batch_at(np.arange(8), 0, 3, seed=0, step=0), ValueError, "batch=0; expected at least 1"),
         (lambda: batch_at(np.arange(8), 1, 3.0, seed=0, step=0), TypeError, "seqlen must be an integer"),
         (lambda: batch_at(np.arange(8), 1, 3, seed=-1, step=0), ValueError, "seed=-1; expected at least 0"),
