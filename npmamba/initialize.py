@@ -21,26 +21,26 @@ def _dt_bias(rng: np.random.Generator, config: MambaConfig) -> np.ndarray:
     return dt + np.log(-np.expm1(-dt))  # the inverse of softplus
 
 
-def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...], config: MambaConfig) -> np.ndarray:
-    """Draw one parameter; `name` is the last part of its checkpoint key."""
-    if name == "A_log":
+def _initial(rng: np.random.Generator, key: str, shape: tuple[int, ...], config: MambaConfig) -> np.ndarray:
+    """Draw one parameter by the end of its checkpoint key."""
+    if key.endswith(".A_log"):
         return np.broadcast_to(np.log(np.arange(1.0, config.d_state + 1)), shape)
-    if name in ("D", "norm.weight", "norm_f.weight"):
+    if key.endswith((".D", "norm.weight", "norm_f.weight")):
         return np.ones(shape)
-    if name in ("embeddings.weight", "lm_head.weight"):
+    if key.endswith(("embeddings.weight", "lm_head.weight")):
         return rng.normal(0.0, config.initializer_range, shape)
-    if name == "dt_proj.bias":
+    if key.endswith("dt_proj.bias"):
         return _dt_bias(rng, config)
-    if name == "dt_proj.weight":
+    if key.endswith("dt_proj.weight"):
         bound = config.dt_rank**-0.5 * config.dt_scale
         return np.full(shape, bound) if config.dt_init == "constant" else _uniform(rng, shape, bound)
-    if name in ("conv1d.weight", "conv1d.bias"):
+    if ".conv1d." in key:
         return _uniform(rng, shape, config.d_conv**-0.5)
-    if name in ("in_proj.bias", "out_proj.bias"):
+    if key.endswith(("in_proj.bias", "out_proj.bias")):
         return np.zeros(shape)
     weight = _uniform(rng, shape, shape[-1] ** -0.5)
-    if name == "out_proj.weight" and config.rescale_prenorm_residual:
-        weight /= math.sqrt(config.n_layer)  # one residual per layer adds up in the stream
+    if key.endswith("out_proj.weight") and config.rescale_prenorm_residual:
+        weight /= math.sqrt(config.n_layer)  # each layer adds to the stream
     return weight
 
 
@@ -80,7 +80,5 @@ def init_params(config: MambaConfig, *, seed: int = 0, dtype: Any = np.float32) 
     params = {}
     for number, (key, shape) in enumerate(config.parameter_shapes().items()):
         rng = np.random.default_rng((seed, number))
-        short = key.split(".mixer.")[-1].removeprefix("backbone.").rpartition(".")
-        name = f"{short[0].rpartition('.')[2]}.{short[2]}" if short[0] else short[2]
-        params[key] = np.array(_initial(rng, name, shape, config), dtype)
+        params[key] = np.array(_initial(rng, key, shape, config), dtype)
     return params

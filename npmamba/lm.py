@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from npmamba.autodiff import value_and_grad
 from npmamba.autodiff.algebra import dropout, linear
 from npmamba.backend import array_module
@@ -151,6 +149,7 @@ def loss(
 def next_token_labels(labels: Any, ignore_index: int = -100) -> Any:
     """Shift labels that are aligned with the input by one: position t gets label t + 1, the last one none.
 
+    >>> import numpy as np
     >>> next_token_labels(np.array([[5, 6, 7]]))
     array([[   6,    7, -100]])
     """
@@ -233,6 +232,7 @@ class MambaLM:
 
     Examples
     --------
+    >>> import numpy as np
     >>> model = MambaLM(MambaConfig(vocab_size=7, d_model=16, n_layer=2))
     >>> model(np.array([[1, 2, 3]])).shape
     (1, 3, 7)

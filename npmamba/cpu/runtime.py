@@ -90,7 +90,7 @@ class Kernel:
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
-    """Declare a kernel: a function ``(start, stop, ...)`` annotated with `Int`, `Flag`, `Real`, `Read[n]`, `Write[n]`."""
+    """Declare a kernel: a function ``(start, stop, ...)`` annotated with `Int`, `Flag`, `Real`, `Read[n]` ..."""
     return Kernel(function)
 
 
@@ -109,7 +109,7 @@ _threads: int | None = None
 
 
 def num_threads() -> int:
-    """Return how many threads kernels use: `set_num_threads`, ``NPMAMBA_NUM_THREADS``, or the cores this process has."""
+    """Return how many threads kernels use: as set, as ``NPMAMBA_NUM_THREADS`` says, or the cores this process has."""
     if _threads is not None:
         return _threads
     if named := os.environ.get("NPMAMBA_NUM_THREADS"):

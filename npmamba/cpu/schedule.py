@@ -57,5 +57,9 @@ def channel_blocks(dim: int, groups: int, size: int) -> np.ndarray:
         First channel, end, and group of each block.
     """
     share = dim // groups
-    starts = [(g * share + d, min(g * share + d + size, (g + 1) * share), g) for g in range(groups) for d in range(0, share, size)]
-    return np.array(starts, np.int64).reshape(-1, 3)
+    blocks = [
+        (group * share + d, group * share + min(d + size, share), group)
+        for group in range(groups)
+        for d in range(0, share, size)
+    ]
+    return np.array(blocks, np.int64).reshape(-1, 3)

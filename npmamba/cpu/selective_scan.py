@@ -59,7 +59,7 @@ BLOCK_VECTORS = 8
 # --- the tile: what the loops over one vector of channels work on, TILE steps long ---
 
 DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
-"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, ddelta but for the softplus, decays, states before each step."""
+"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) less what the input adds, decays, states."""
 
 
 @tight
@@ -539,7 +539,7 @@ def _map(M: np.ndarray, groups: int, shape: tuple[int, int], dtype: Any) -> tupl
 
 
 def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and A log2(e) as (dstate, dim). Minus infinity becomes the largest number: times delta = 0 it must be 0."""
+    """Return A and A log2(e) as (dstate, dim), without minus infinity: its product with delta = 0 must be 0."""
     lowest = np.finfo(dtype).min
     A = np.ascontiguousarray(native(A, dtype).T)
     with np.errstate(over="ignore"):
