@@ -60,7 +60,12 @@ def log1p(x: Any) -> Any:
     return np.log1p(x)
 
 
-PRIMITIVES = (cast, fma, select, exp2, exp, expm1, log1p)
+def sqrt(x: Any) -> Any:
+    """Return the square root of `x`, rounded once."""
+    return np.sqrt(x)
+
+
+PRIMITIVES = (cast, fma, select, exp2, exp, expm1, log1p, sqrt)
 
 
 # --- activations ---
@@ -165,3 +170,20 @@ def normalized_derivative(q, s_hat, mean, r):
 def softmax_term(logit, top, factor):
     """e^(logit - top) factor: one probability, times what its row is scaled with"""
     return exp(logit - top) * factor
+
+
+# --- one step of the optimizer ---
+
+
+@formula
+def running_mean(mean, x, beta):
+    """beta mean + (1 - beta) x, for a number `beta`"""
+    return fma(cast(beta, x), mean, cast(1 - beta, x) * x)
+
+
+@formula
+def adamw_step(p, m, v, decay, rate, root, eps):
+    """decay p - rate m / (sqrt(v) / root + eps): Loshchilov & Hutter, arXiv 1711.05101, with numbers for
+    decay = 1 - lr weight_decay, rate = lr / (1 - beta1^t) and root = sqrt(1 - beta2^t)"""
+    scale = sqrt(v) / cast(root, v) + cast(eps, v)
+    return fma(cast(decay, p), p, -(cast(rate, p) * (m / scale)))

@@ -24,7 +24,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, overload, register_model
 
 from npmamba import scalar
-from npmamba.scalar import cast, exp, exp2, expm1, fma, log1p, select
+from npmamba.scalar import cast, exp, exp2, expm1, fma, log1p, select, sqrt
 
 
 def _host_has_avx512() -> bool:
@@ -293,6 +293,10 @@ def _emit_fma(context, builder, sig, args):
     return _call(builder, f"llvm.fma.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
 
 
+def _emit_sqrt(context, builder, sig, args):
+    return _call(builder, f"llvm.sqrt.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
+
+
 def _add_exponent(x: Any, shifted: Any) -> Any:
     """Multiply the float32 `x` by 2^k, where `shifted` is k + 1.5 * 2^23: its low bits are k's."""
     return (np.asarray(x).view(np.int32) + (np.asarray(shifted).view(np.int32) << 23)).view(np.float32)[()]
@@ -308,6 +312,7 @@ def _emit_add_exponent(context, builder, sig, args):
 
 _define(cast, lambda c, x: x if _is_number(x) else None, _emit_cast)
 _define(fma, lambda x, y, z: x if _is_number(x) and x == y == z else None, _emit_fma)
+_define(sqrt, lambda x: x if _is_number(x) else None, _emit_sqrt)
 _define(
     select,
     lambda condition, x, y: x if _is_number(x) and x == y and condition == _mask_of(x) else None,

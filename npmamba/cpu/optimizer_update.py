@@ -1,0 +1,142 @@
+"""AdamW's update and the sum of squares, each in one pass over the numbers.
+
+In NumPy an update is fourteen operations over blocks; here every number is read and written once. The gradient may
+be scaled on the way, which makes clipping by the global norm free. Blocks of `BLOCK` numbers are fixed, so the bits of
+a result do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from npmamba.cpu.runtime import Int, Read, Real, Write, WriteDouble, empty, kernel, launch, native
+from npmamba.cpu.simd import load, store, width
+from npmamba.scalar import adamw_step, cast, running_mean
+from npmamba.shapes import compute_dtype
+
+BLOCK = 16384
+"""Numbers per task."""
+
+
+@kernel
+def _adamw(
+    start: Int,
+    stop: Int,
+    param: Read[1],
+    grad: Read[1],
+    m: Read[1],
+    v: Read[1],
+    new_param: Write[1],
+    new_m: Write[1],
+    new_v: Write[1],
+    grad_scale: Real,
+    beta1: Real,
+    beta2: Real,
+    decay: Real,
+    rate: Real,
+    root: Real,
+    eps: Real,
+):
+    """Equation: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = decay p - rate m / (sqrt(v) / root + eps).
+    Threads: a task is a block of BLOCK numbers.
+    Owns: its numbers of new_param, new_m and new_v.
+    """
+    w = width(param)
+    for block in range(start, stop):
+        end = min((block + 1) * BLOCK, param.shape[0])
+        for i in range(block * BLOCK, end, w):
+            count = end - i
+            g = load(grad, (i,), count)
+            g = g * cast(grad_scale, g)
+            mean = running_mean(load(m, (i,), count), g, beta1)
+            square = running_mean(load(v, (i,), count), g * g, beta2)
+            store(new_m, (i,), mean, count)
+            store(new_v, (i,), square, count)
+            p = adamw_step(load(param, (i,), count), mean, square, decay, rate, root, eps)
+            store(new_param, (i,), p, count)
+
+
+@kernel
+def _sum_of_squares(start: Int, stop: Int, x: Read[1], parts: WriteDouble[1]):
+    """Equation: sum x^2, in float64.
+    Threads: a task is a block of BLOCK numbers.
+    Owns: its part of the sum; the caller adds the parts.
+    """
+    for block in range(start, stop):
+        end = min((block + 1) * BLOCK, x.shape[0])
+        a = b = c = d = np.float64(0)  # four chains of additions, so that none waits for the one before
+        whole = end - (end - block * BLOCK) % 4
+        for i in range(block * BLOCK, whole, 4):
+            a += np.float64(x[i]) * np.float64(x[i])
+            b += np.float64(x[i + 1]) * np.float64(x[i + 1])
+            c += np.float64(x[i + 2]) * np.float64(x[i + 2])
+            d += np.float64(x[i + 3]) * np.float64(x[i + 3])
+        for i in range(whole, end):
+            a += np.float64(x[i]) * np.float64(x[i])
+        parts[block] = (a + b) + (c + d)
+
+
+def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(native(x, dtype)).reshape(-1)
+
+
+def adamw_update(
+    param: np.ndarray,
+    grad: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the new param, m and v of one array: fresh and C-ordered; the arguments are left as they are.
+
+    With g = grad_scale grad and t = `step`, which counts this update and so starts at 1::
+
+        m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Parameters
+    ----------
+    param, grad : array
+        Of one shape, float16, bfloat16, float32 or float64.
+    m, v : array
+        Running means, of the dtype that is computed in: float64 for a float64 `param`, otherwise float32.
+    step, lr, beta1, beta2, eps, weight_decay, grad_scale : numbers
+        As in the equations.
+
+    Examples
+    --------
+    >>> p, m, v = np.array([1.0, -1.0]), np.zeros(2), np.zeros(2)
+    >>> options = {"lr": 0.5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+    >>> adamw_update(p, np.array([3.0, -0.2]), m, v, step=1, **options)[0].round(6)
+    array([ 0.5, -0.5])
+    """
+    dtype = compute_dtype(param.dtype)
+    new = [empty((param.size,), dtype) for _ in range(3)]
+    scalars = (grad_scale, beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step))
+    arrays = [_flat(x, dtype) for x in (param, grad, m, v)]
+    launch(_adamw, dtype, -(-param.size // BLOCK), *arrays, *new, *map(float, scalars), float(eps), work=param.size)
+    p, m, v = (x.reshape(param.shape) for x in new)
+    return p.astype(param.dtype.newbyteorder("="), copy=False), m, v
+
+
+def sum_of_squares(x: np.ndarray) -> float:
+    """Return the sum of the squares of all numbers of `x`, in float64 whatever its dtype.
+
+    >>> sum_of_squares(np.array([3.0, 4.0]))
+    25.0
+    """
+    dtype = compute_dtype(x.dtype)
+    flat = _flat(x, dtype)
+    parts = empty((-(-flat.size // BLOCK),), np.float64)
+    launch(_sum_of_squares, dtype, parts.size, flat, parts, work=flat.size)
+    return math.fsum(parts)
