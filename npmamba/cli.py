@@ -181,7 +181,11 @@ def _train(args: argparse.Namespace) -> int:
     with progress.shown(quiet=args.quiet) as display:
         run = runs.create(config) if config else runs.resume(args.resume, settings)
         display.note(summary.opening(run))
-        train(run, display, started=STARTED)
+        try:
+            train(run, display, started=STARTED)
+        except OSError as error:
+            again = f"once that is mended, go on with: npmamba train --resume {run.folder}"
+            raise OSError(f"{sentence(error)}; {again}") from error
         prompt, text = summary.sample(run)
         if not args.no_report:
             report.write(run.folder / runs.REPORT, summary.summarise(run, prompt, text))
@@ -193,18 +197,25 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from npmamba.generate import stream
     from npmamba.lm import MambaLM
-    from npmamba.text import decoder, load_vocabulary
+    from npmamba.progress import shown
+    from npmamba.streaming import load_vocabulary, pieces
 
-    model = MambaLM.from_pretrained(args.checkpoint)
-    vocabulary = load_vocabulary(args.checkpoint)
-    ids = vocabulary.encode(args.prompt)[None]
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    tokens = stream(model, ids, args.tokens, **options)
-    sys.stdout.write(args.prompt)
-    for piece in decoder(vocabulary, tokens):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
+    with shown():
+        model = MambaLM.from_pretrained(args.checkpoint)
+        vocabulary = load_vocabulary(args.checkpoint)
+        ids, eos = vocabulary.encode(args.prompt)[None], model.config.eos_token_id
+        options = {
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "seed": args.seed,
+        }
+        drawn = stream(model, ids, args.tokens, eos_token_id=eos, **options)
+        tokens = (int(token[0]) for token in drawn if token[0] != eos)
+        print(args.prompt, end="", flush=True)
+        for piece in pieces(vocabulary, tokens):
+            print(piece, end="", flush=True)
+        print()
     return 0
 
 
@@ -222,7 +233,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _table(found: Sequence[Any]) -> str:
-    lines, group = [], None
+    lines: list[str] = []
+    group = None
     for finding in found:
         if finding.group != group:
             lines += ["", finding.group] if lines else [finding.group]

@@ -198,12 +198,14 @@ def scan_error() -> float:
     from npmamba.ops.selective_scan import selective_scan
     from npmamba.reference import selective_scan as reference
 
-    rng = np.random.default_rng(0)
-    u, delta, z = rng.normal(size=(3, 2, 24, 50))
-    A, (B, C) = -rng.uniform(0.5, 16, size=(24, 16)), rng.normal(size=(2, 2, 16, 50))
-    D, bias = rng.normal(size=(2, 24))
-    y = selective_scan(*(x.astype(np.float32) for x in (u, delta, A, B, C, D, z, bias)), delta_softplus=True)
-    expected = reference.forward(u, delta, A, B, C, D, z, bias, delta_softplus=True)[0]
+    rng, x = np.random.default_rng(0), {}
+    x["u"], x["delta"], x["z"] = rng.normal(size=(3, 2, 24, 50))
+    x["B"], x["C"] = rng.normal(size=(2, 2, 16, 50))
+    x["A"] = -rng.uniform(0.5, 16, size=(24, 16))
+    x["D"], x["delta_bias"] = rng.normal(size=(2, 24))
+    single: dict[str, Any] = {name: value.astype(np.float32) for name, value in x.items()}
+    y = selective_scan(**single, delta_softplus=True)
+    expected = reference.forward(**x, delta_softplus=True)[0]
     return float(np.abs(y - expected).max() / np.abs(expected).max())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npmamba.charts import Points, heat_text, loss_chart, short, spectrum_chart
+from npmamba.files import atomic_write
 from npmamba.report_style import SCRIPT, STYLE
 
 
@@ -79,16 +78,9 @@ def render(report: Report) -> str:
 
 def write(path: str | Path, report: Report) -> Path:
     """Write the report to `path`, whole or not at all, and return the path."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(report))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    with atomic_write(path) as put:
+        put(render(report).encode())
+    return Path(path)
 
 
 def _section(title: str, caption: str, body: str, extra: str = "") -> str:

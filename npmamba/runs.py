@@ -1,0 +1,156 @@
+"""The folder of a training run: made, written at checkpoints, and read again to go on.
+
+A folder holds ``checkpoint.safetensors`` (all that resuming needs, in one file), the model as ``config.json`` and
+``model.safetensors`` with ``vocabulary.json``, the figures of every step in ``metrics.jsonl``, and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from npmamba.autodiff.optim import AdamWState
+from npmamba.checkpoint import load_training, save_model, save_training
+from npmamba.config import MambaConfig
+from npmamba.corpus import Corpus, read_corpus
+from npmamba.files import atomic_write
+from npmamba.lm import init_params
+from npmamba.settings import TrainConfig, flag
+from npmamba.streaming import VOCABULARY
+
+METRICS, REPORT = "metrics.jsonl", "report.html"
+
+
+@dataclass
+class Run:
+    """A training run: its settings, its text, and the state that a checkpoint keeps.
+
+    Attributes
+    ----------
+    step, total : int
+        Steps done, and in all; `total` is None until the time budget is turned into steps.
+    seconds : float
+        Time spent in steps, over all sittings.
+    history : list of dict
+        The figures of ``metrics.jsonl``.
+    """
+
+    config: TrainConfig
+    folder: Path
+    corpus: Corpus
+    model: MambaConfig
+    params: dict[str, Any]
+    moments: AdamWState | None = None
+    step: int = 0
+    total: int | None = None
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, **metrics: Any) -> None:
+        """Append figures to ``metrics.jsonl``."""
+        self.history.append(metrics)
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def save(self) -> None:
+        """Write the checkpoint and the model, each whole or not at all."""
+        extra = {
+            "settings": asdict(self.config),
+            "total": self.total,
+            "seconds": self.seconds,
+            "text": self.corpus.digest,
+        }
+        save_training(self.folder, self.step, self.model, self.params, self.moments, extra)
+        save_model(self.folder, self.model, self.params)
+
+
+def create(config: TrainConfig) -> Run:
+    """Make a new run: read its text, choose its folder, draw its weights.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the text cannot be used or the folder cannot be written, or holds a run already.
+    """
+    corpus = read_corpus(config)
+    corpus.vocabulary.encode(
+        config.prompt or ""
+    )  # a prompt that cannot be read is better known now than later
+    folder = _choose_folder(config, corpus.name)
+    sizes: dict[str, Any] = {"d_model": config.d_model, "n_layer": config.layers, "d_state": config.d_state}
+    model = MambaConfig(vocab_size=len(corpus.vocabulary), dropout=config.dropout, **sizes)
+    params = init_params(model, seed=config.seed, dtype=config.dtype)
+    corpus.vocabulary.save(folder / VOCABULARY)
+    return Run(config, folder, corpus, model, params)
+
+
+def _choose_folder(config: TrainConfig, name: str) -> Path:
+    if config.out is None:
+        candidates = (Path("runs") / f"{name}-{n}" for n in itertools.count(1))
+        return _make(next(folder for folder in candidates if not folder.exists()))
+    folder = Path(config.out)
+    if (folder / METRICS).exists():
+        raise ValueError(
+            f"{folder} holds a run already; go on with --resume {folder}, or choose another --out"
+        )
+    return _make(folder)
+
+
+def _make(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS).touch()  # claims the folder, and shows at once whether it can be written
+    return folder
+
+
+def resume(folder: str | Path, changes: Mapping[str, Any]) -> Run:
+    """Read a run's last checkpoint.
+
+    Parameters
+    ----------
+    folder : path
+    changes : mapping
+        Settings given anew; only those that no number of the training depends on may differ.
+
+    Raises
+    ------
+    ValueError, OSError
+        If there is no checkpoint, if the text is no longer the one it was, or if `changes` would make another run.
+    """
+    folder = Path(folder)
+    state = load_training(folder)
+    saved = TrainConfig(**state.extra["settings"])
+    fixed = {f.name for f in fields(TrainConfig) if not f.metadata["free"]}
+    for name, value in changes.items():
+        if name in fixed and value != getattr(saved, name):
+            raise ValueError(
+                f"{flag(name)} cannot change when a run is resumed: it was started with "
+                f"{getattr(saved, name)}, and now {value} is asked for"
+            )
+    config = replace(saved, **{name: value for name, value in changes.items() if name not in fixed})
+    corpus = read_corpus(config)
+    if corpus.digest != state.extra["text"]:
+        raise ValueError(f"the text {corpus.name} has changed since {folder} was started, so it cannot go on")
+    moments = None if state.opt_state is None else AdamWState(**state.opt_state)
+    kept = {"step": state.step, "total": state.extra["total"], "seconds": state.extra["seconds"]}
+    history = _read_metrics(folder, state.step)
+    return Run(config, folder, corpus, state.config, state.params, moments, history=history, **kept)
+
+
+def _read_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Read the figures up to `step` and drop later ones, which resuming will write again, and a torn last line."""
+    history = []
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            break
+        if metrics["step"] > step or metrics.get("final"):
+            break
+        history.append(metrics)
+    with atomic_write(folder / METRICS) as write:
+        write("".join(json.dumps(metrics) + "\n" for metrics in history).encode())
+    return history
