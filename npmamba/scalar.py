@@ -169,7 +169,7 @@ def normalized_derivative(q, s_hat, mean, r):
 @formula
 def softmax_term(logit, top, factor):
     """e^(logit - top) factor: one probability, times what its row is scaled with"""
-    return exp(logit - top) * factor
+    return exp2((logit - top) * cast(1.4426950408889634, top)) * factor
 
 
 # --- one step of the optimizer ---

@@ -22,8 +22,8 @@ CHUNK = 2048
 
 
 @inner
-def _load_logits(logits, ones, o, i, j):
-    """Read a vector of logits, -inf beyond the end of the row: the neutral element of maximum and sum."""
+def _load_end(logits, ones, o, i, j):
+    """Read the last vector of a row; beyond the end come -inf, which change neither maximum nor sum."""
     count = logits.shape[2] - j
     x = load(logits, (o, i, j), count)
     return select(load(ones, (0,), count) > cast(0, x), x, cast(-np.inf, x))
@@ -33,18 +33,39 @@ def _load_logits(logits, ones, o, i, j):
 def _largest(logits, ones, o, i, lanes):
     """The largest number of a row; NaN is passed over, for it comes back in the sum."""
     w = width(logits)
-    even = cast(-np.inf, load(ones, (0,)))
+    whole = logits.shape[2] // w * w
+    even = _load_end(logits, ones, o, i, whole)
     odd = even
-    for j in range(0, logits.shape[2], 2 * w):
-        x = _load_logits(logits, ones, o, i, j)
+    for j in range(0, whole - w, 2 * w):
+        x = load(logits, (o, i, j))
         even = select(x > even, x, even)
-        x = _load_logits(logits, ones, o, i, j + w)
+        x = load(logits, (o, i, j + w))
+        odd = select(x > odd, x, odd)
+    if whole % (2 * w):
+        x = load(logits, (o, i, whole - w))
         odd = select(x > odd, x, odd)
     store(lanes, (0,), select(odd > even, odd, even))
     top = lanes[0]
     for lane in range(1, w):
         top = max(top, lanes[lane])
     return top
+
+
+@inner
+def _sum_of_exponentials(logits, ones, o, i, top):
+    """sum e^(l - top) over a row"""
+    w = width(logits)
+    whole = logits.shape[2] // w * w
+    one = load(ones, (0,))
+    top = cast(top, one)
+    even = softmax_term(_load_end(logits, ones, o, i, whole), top, one)
+    result = np.float64(total(even))
+    for first in range(0, whole, CHUNK):
+        even = cast(0, one)
+        for j in range(first, min(first + CHUNK, whole), w):
+            even = even + softmax_term(load(logits, (o, i, j)), top, one)
+        result += np.float64(total(even))
+    return result
 
 
 @kernel
@@ -63,7 +84,7 @@ def _forward(
     Owns: its loss, its sum and its largest logit; 0, 1 and 0 where the label is ignored.
     Saved: sum and largest logit of each row.
     """
-    w, vocab = width(logits), logits.shape[2]
+    w = width(logits)
     ones, lanes = scratch((w,), logits), scratch((w,), logits)
     ones[:] = 1
     for row in range(start, stop):
@@ -72,15 +93,8 @@ def _forward(
         if label != ignore_index:
             o, i = row // logits.shape[1], row % logits.shape[1]
             tops[row] = _largest(logits, ones, o, i, lanes)
-            top, one = cast(tops[row], load(ones, (0,))), load(ones, (0,))
-            whole = np.float64(0)
-            for first in range(0, vocab, CHUNK):
-                part = cast(0, one)
-                for j in range(first, min(first + CHUNK, vocab), w):
-                    part = part + softmax_term(_load_logits(logits, ones, o, i, j), top, one)
-                whole += np.float64(total(part))
-            sums[row] = whole
-            losses[row] = np.log(whole) + (np.float64(tops[row]) - np.float64(logits[o, i, label]))
+            sums[row] = _sum_of_exponentials(logits, ones, o, i, tops[row])
+            losses[row] = np.log(sums[row]) + (np.float64(tops[row]) - np.float64(logits[o, i, label]))
 
 
 @kernel
