@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
 log = logging.getLogger("npmamba")
 SOURCES = ("scalar.py", "cpu/*.py")
@@ -82,6 +82,17 @@ class KernelCache(FunctionCache):
 
     _impl_class = _Implementation
     _said = False
+
+    def __init__(self, py_func: Any, name: str) -> None:
+        super().__init__(py_func)
+        self._name = name
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        version = f"py{sys.version_info[0]}{sys.version_info[1]}"
+        self._cache_file = IndexDataCacheFile(str(folder()), f"{stem}.{version}", folder().name)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """The folder stands for all sources, the file for the kernel's name; what is left is types and processor."""
+        return sig, codegen.magic_tuple()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled overload for `sig`, or None if it is absent or damaged."""

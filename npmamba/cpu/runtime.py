@@ -61,11 +61,20 @@ KERNELS: list[Kernel] = []
 
 
 class Kernel:
-    """A function over the tasks ``start .. stop - 1``, compiled for one dtype at a time."""
+    """A function over the tasks ``start .. stop - 1``, compiled for one dtype at a time.
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    Parameters
+    ----------
+    function : callable
+        Annotated as said above. It may close over constants and inner functions.
+    name : str, optional
+        What tells kernels apart that were made from the same function with other constants.
+    """
+
+    def __init__(self, function: Callable[..., None], name: str | None = None) -> None:
         functools.update_wrapper(self, function)
         self.function = function
+        self.name = f"{function.__module__}.{name or function.__qualname__}"
         self._compiled: dict[np.dtype, Callable[..., None]] = {}
         KERNELS.append(self)
 
@@ -83,7 +92,7 @@ class Kernel:
 
     def _compile(self, dtype: np.dtype) -> Callable[..., None]:
         dispatcher = njit(nogil=True, error_model="numpy")(self.function)
-        dispatcher._cache = KernelCache(self.function)
+        dispatcher._cache = KernelCache(self.function, self.name)
         dispatcher.compile(self.signature(dtype))
         dispatcher.disable_compile()
         return dispatcher

@@ -18,479 +18,236 @@ import numpy as np
 from npmamba.cpu.runtime import (
     Flag,
     Int,
+    Kernel,
     Read,
     ReadInt,
     Write,
     WriteDouble,
     empty,
     in_order_of,
-    inner,
-    kernel,
     launch,
     native,
     rows,
     rows_like,
     scratch,
-    tight,
+)
+from npmamba.cpu.scan_tile import (
+    SLOTS,
+    TILE,
+    Y,
+    add_to,
+    get,
+    load_cotangents,
+    load_inputs,
+    load_maps,
+    make_state_pass,
+    make_state_pass_back,
+    segments,
+    store_input_gradients,
+    store_map_gradients,
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
-from npmamba.cpu.simd import LANES, load, pick, prefetch, store, total, width
-from npmamba.scalar import (
-    cast,
-    exp2,
-    fma,
-    phi,
-    phi_derivative,
-    readout,
-    sigmoid,
-    silu,
-    silu_derivative,
-    softplus,
-    state_step,
-)
+from npmamba.cpu.simd import LANES, load, store, width
+from npmamba.scalar import cast, silu
 from npmamba.shapes import compute_dtype
 
-TILE = 64
-"""Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
 BLOCK_VECTORS = 8
 """Vectors of channels per task."""
 
 
-# --- the tile: what the loops over one vector of channels work on, TILE steps long ---
+def _make_forward(zoh: bool, constant: bool) -> Kernel:
+    state_pass = make_state_pass(zoh, constant)
 
-DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
-"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) less what the input adds, decays, states."""
-
-
-@tight
-def _get(tile, slot, i):
-    """Read the vector of step `i` from a slot. Slots lie in one flat array: one address serves them all."""
-    return load(tile, ((slot * (TILE + 1) + i) * width(tile),))
-
-
-@tight
-def _put(tile, slot, i, value):
-    store(tile, ((slot * (TILE + 1) + i) * width(tile),), value)
-
-
-# --- forward ---
-
-
-def _make_state_pass(zoh: bool, constant: bool) -> Any:
-    """Build the inner loop: one state of one vector of channels runs through steps `lo` to `hi` of a tile.
-
-    With `constant`, B and C have a factor per channel beside the one per step.
-    """
-
-    @inner
-    def state_pass(h, a, a2, b, c, tile, B, C, n, lo, hi):
-        for i in range(lo, hi):
-            step = _get(tile, DELTA, i)
-            inflow = _get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
-            gain = cast(pick(C, n * TILE + i), step)
-            if zoh:
-                inflow = inflow * phi(step * a)
-            if constant:
-                inflow = inflow * b
-                gain = gain * c
-            h = state_step(exp2(step * a2), h, inflow)
-            _put(tile, Y, i, readout(gain, h, _get(tile, Y, i)))
-        return h
-
-    return state_pass
-
-
-_euler_pass = _make_state_pass(zoh=False, constant=False)
-_euler_pass_constant = _make_state_pass(zoh=False, constant=True)
-_zoh_pass = _make_state_pass(zoh=True, constant=False)
-_zoh_pass_constant = _make_state_pass(zoh=True, constant=True)
-
-
-@inner
-def _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C):
-    """Copy a tile of B and C into scratch, state by state in the order of the scan."""
-    for i in range(steps):
-        t = order[row, t0 + i]
-        for n in range(B.shape[3]):
-            tile_B[n * TILE + i] = B[b, group, t, n]
-            tile_C[n * TILE + i] = C[b, group, t, n]
-
-
-@inner
-def _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile):
-    """Fill a tile's delta = softplus(raw + bias), inputs = delta u, and y = D u."""
-    skip = load(D, (d,), count)
-    shift = load(bias, (d,), count)
-    last = order.shape[1] - 1
-    for i in range(steps):
-        t = order[row, t0 + i]
-        ahead = order[row, min(t0 + i + TILE, last)]
-        prefetch(u, (b, ahead, d))
-        prefetch(raw_delta, (b, ahead, d))
-        x = load(u, (b, t, d), count)
-        step = load(raw_delta, (b, t, d), count) + shift
-        if softplus_on:
-            step = softplus(step)
-        _put(tile, DELTA, i, step)
-        _put(tile, INPUTS, i, step * x)
-        _put(tile, Y, i, skip * x)
-        _put(tile, U, i, x)
-
-
-@inner
-def _segments(fresh, row, t0, steps, bounds):
-    """Write the borders of the runs inside a tile to `bounds` and return how many there are."""
-    count = 0
-    for i in range(steps):
-        if i == 0 or fresh[row, t0 + i]:
-            bounds[count] = i
-            count += 1
-    bounds[count] = steps
-    return count
-
-
-@kernel
-def _forward(
-    start: Int,
-    stop: Int,
-    u: Read[3],
-    raw_delta: Read[3],
-    A: Read[2],
-    A2: Read[2],
-    B: Read[4],
-    C: Read[4],
-    B_factor: Read[2],
-    C_factor: Read[2],
-    D: Read[1],
-    z: Read[3],
-    bias: Read[1],
-    initial: Read[3],
-    blocks: ReadInt[2],
-    order: ReadInt[2],
-    fresh: ReadInt[2],
-    steps_of: ReadInt[1],
-    out: Write[3],
-    last: Write[3],
-    checkpoints: Write[4],
-    softplus_on: Flag,
-    zoh: Flag,
-    constant: Flag,
-):
-    """Equation: h_t = exp(delta_t A) h_{t-1} + f_t B_t u_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
-    Threads: a task is (batch row, block of channels); loops over tiles of time, channel vectors, states, time.
-    Owns: out, last and checkpoints of its channels; nothing is summed across tasks.
-    Saved: the state before each tile.
-    """
-    w, dstate = width(u), A.shape[0]
-    tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
-    tile = scratch((SLOTS * (TILE + 1) * w,), u)
-    h = scratch((BLOCK_VECTORS, dstate, w), u)
-    bounds = np.empty(TILE + 1, np.int64)
-    for task in range(start, stop):
-        b, block = task // blocks.shape[0], task % blocks.shape[0]
-        d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        row = b % order.shape[0]
-        for v in range((d1 - d0 + w - 1) // w):
-            d = d0 + v * w
-            for n in range(dstate):
-                store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
-        for t0 in range(0, steps_of[row], TILE):
-            steps = min(TILE, steps_of[row] - t0)
-            runs = _segments(fresh, row, t0, steps, bounds)
-            _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
+    def _forward(
+        start: Int,
+        stop: Int,
+        u: Read[3],
+        raw_delta: Read[3],
+        A: Read[2],
+        A2: Read[2],
+        B: Read[4],
+        C: Read[4],
+        B_factor: Read[2],
+        C_factor: Read[2],
+        D: Read[1],
+        z: Read[3],
+        bias: Read[1],
+        initial: Read[3],
+        blocks: ReadInt[2],
+        order: ReadInt[2],
+        fresh: ReadInt[2],
+        steps_of: ReadInt[1],
+        out: Write[3],
+        last: Write[3],
+        checkpoints: Write[4],
+        softplus_on: Flag,
+    ):
+        """Equation: h_t = exp(delta_t A) h_{t-1} + f_t B_t u_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
+        Threads: a task is (batch row, block of channels); loops over tiles of time, channel vectors, states, time.
+        Owns: out, last and checkpoints of its channels; nothing is summed across tasks.
+        Saved: the state before each tile.
+        """
+        w, dstate = width(u), A.shape[0]
+        tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
+        tile = scratch((SLOTS * (TILE + 1) * w,), u)
+        h = scratch((BLOCK_VECTORS, dstate, w), u)
+        bounds = np.empty(TILE + 1, np.int64)
+        for task in range(start, stop):
+            b, block = task // blocks.shape[0], task % blocks.shape[0]
+            d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+            row = b % order.shape[0]
             for v in range((d1 - d0 + w - 1) // w):
                 d = d0 + v * w
-                count = d1 - d
-                _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
                 for n in range(dstate):
-                    state = load(h, (v, n, 0))
-                    if checkpoints.shape[0]:
-                        store(checkpoints, (b, t0 // TILE, n, d), state, count)
-                    a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
-                    bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
-                    for run in range(runs):
-                        lo, hi = bounds[run], bounds[run + 1]
-                        if fresh[row, t0 + lo]:
-                            state = cast(0, state)
-                        if zoh and constant:
-                            state = _zoh_pass_constant(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
-                        elif zoh:
-                            state = _zoh_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
-                        elif constant:
-                            state = _euler_pass_constant(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
-                        else:
-                            state = _euler_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
-                    store(h, (v, n, 0), state)
-                for i in range(steps):
-                    t = order[row, t0 + i]
-                    value = _get(tile, Y, i)
-                    if z.shape[0]:
-                        value = value * silu(load(z, (b, t, d), count))
-                    store(out, (b, t, d), value, count)
-        for v in range((d1 - d0 + w - 1) // w):
-            d = d0 + v * w
-            for n in range(dstate):
-                store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
+                    store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
+            for t0 in range(0, steps_of[row], TILE):
+                steps = min(TILE, steps_of[row] - t0)
+                runs = segments(fresh, row, t0, steps, bounds)
+                load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
+                for v in range((d1 - d0 + w - 1) // w):
+                    d = d0 + v * w
+                    count = d1 - d
+                    load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
+                    for n in range(dstate):
+                        state = load(h, (v, n, 0))
+                        if checkpoints.shape[0]:
+                            store(checkpoints, (b, t0 // TILE, n, d), state, count)
+                        a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
+                        bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                        for run in range(runs):
+                            lo, hi = bounds[run], bounds[run + 1]
+                            if fresh[row, t0 + lo]:
+                                state = cast(0, state)
+                            state = state_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
+                        store(h, (v, n, 0), state)
+                    for i in range(steps):
+                        t = order[row, t0 + i]
+                        value = get(tile, Y, i)
+                        if z.shape[0]:
+                            value = value * silu(load(z, (b, t, d), count))
+                        store(out, (b, t, d), value, count)
+            for v in range((d1 - d0 + w - 1) // w):
+                d = d0 + v * w
+                for n in range(dstate):
+                    store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
+
+    return Kernel(_forward, f"forward-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}")
 
 
-# --- backward ---
+def _make_backward(zoh: bool, constant: bool) -> Kernel:
+    state_pass_back = make_state_pass_back(zoh, constant)
 
-
-def _make_state_pass_back(zoh: bool, constant: bool) -> Any:
-    """Build the two inner loops of the backward pass for one state of one vector of channels, steps `lo` to `hi`.
-
-    First the decays and states of the run are computed again, then time is walked back:
-    g_t = C_t dy_t + a_{t+1} g_{t+1}, and each gradient takes its share of g_t (see `selective_scan.md`).
-    """
-
-    @inner
-    def state_pass_back(h, g, a, a2, b, c, tile, B, C, dB, dC, sums, n, lo, hi, gated):
-        w = width(tile)
-        _put(tile, STATE, lo, h)
-        for i in range(lo, hi):
-            step = _get(tile, DELTA, i)
-            inflow = _get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
-            if zoh:
-                inflow = inflow * phi(step * a)
-            if constant:
-                inflow = inflow * b
-            decay = exp2(step * a2)
-            h = state_step(decay, h, inflow)
-            _put(tile, DECAY, i, decay)
-            _put(tile, STATE, i + 1, h)
-            if gated:
-                gain = cast(pick(C, n * TILE + i), step)
-                if constant:
-                    gain = gain * c
-                _put(tile, Y, i, readout(gain, h, _get(tile, Y, i)))
-        dA, dB_factor, dC_factor = load(sums, (0, 0)), load(sums, (1, 0)), load(sums, (2, 0))
-        for j in range(hi - lo):
-            i = hi - 1 - j
-            place = ((n * TILE + i) * w,)
-            step, cotangent = _get(tile, DELTA, i), _get(tile, DY, i)
-            Bn, Cn = cast(pick(B, n * TILE + i), step), cast(pick(C, n * TILE + i), step)
-            dgain = cotangent * _get(tile, STATE, i + 1)
-            source = _get(tile, INPUTS, i)
-            gain = Cn
-            if constant:
-                dC_factor = fma(dgain, Cn, dC_factor)
-                dgain = dgain * c
-                gain = Cn * c
-            store(dC, place, load(dC, place) + dgain)
-            g = fma(cotangent, gain, g)
-            decayed = g * _get(tile, DECAY, i)
-            Bg = g * Bn
-            if constant:
-                Bg = Bg * b
-            dstep = _get(tile, DSTEP, i)
-            if zoh:
-                x = step * a
-                response = phi(x)
-                dx = Bg * _get(tile, U, i) * step * phi_derivative(x)
-                dA = fma(dx, step, dA)
-                dstep = fma(dx, a, dstep)
-                Bg = Bg * response
-                source = source * response
-            if constant:
-                dB_factor = fma(g * source, Bn, dB_factor)
-                source = source * b
-            store(dB, place, fma(g, source, load(dB, place)))
-            _put(tile, DINPUT, i, _get(tile, DINPUT, i) + Bg)
-            p = decayed * _get(tile, STATE, i)
-            dA = fma(p, step, dA)
-            _put(tile, DSTEP, i, fma(p, a, dstep))
-            g = decayed
-        store(sums, (0, 0), dA)
-        store(sums, (1, 0), dB_factor)
-        store(sums, (2, 0), dC_factor)
-        return g
-
-    return state_pass_back
-
-
-_euler_pass_back = _make_state_pass_back(zoh=False, constant=False)
-_zoh_pass_back = _make_state_pass_back(zoh=True, constant=False)
-_euler_pass_constant_back = _make_state_pass_back(zoh=False, constant=True)
-_zoh_pass_constant_back = _make_state_pass_back(zoh=True, constant=True)
-
-
-@inner
-def _load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile):
-    """Fill a tile's dy = dout silu(z), the gradient before the gate."""
-    for i in range(steps):
-        t = order[row, t0 + i]
-        cotangent = load(dout, (b, t, d), count)
-        prefetch(dout, (b, order[row, max(t0 + i - TILE, 0)], d))
-        if z.shape[0]:
-            cotangent = cotangent * silu(load(z, (b, t, d), count))
-        _put(tile, DY, i, cotangent)
-        _put(tile, DINPUT, i, cast(0, cotangent))
-        _put(tile, DSTEP, i, cast(0, cotangent))
-
-
-@inner
-def _store_input_gradients(
-    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count, tile, du, ddelta, dz, sums
-):
-    """Turn a tile's sums over the states into du, ddelta, dz, and its share of dD and dbias."""
-    skip, shift = load(D, (d,), count), load(bias, (d,), count)
-    dD, dbias = cast(0, skip), cast(0, skip)
-    for i in range(steps):
-        t = order[row, t0 + i]
-        x, cotangent, share = _get(tile, U, i), _get(tile, DY, i), _get(tile, DINPUT, i)
-        store(du, (b, t, d), fma(_get(tile, DELTA, i), share, skip * cotangent), count)
-        gradient = fma(x, share, _get(tile, DSTEP, i))
-        if softplus_on:
-            gradient = gradient * sigmoid(load(raw_delta, (b, t, d), count) + shift)
-        store(ddelta, (b, t, d), gradient, count)
-        if z.shape[0]:
-            gate = load(z, (b, t, d), count)
-            store(dz, (b, t, d), load(dout, (b, t, d), count) * _get(tile, Y, i) * silu_derivative(gate), count)
-        dD = fma(cotangent, x, dD)
-        dbias = dbias + gradient
-    store(sums, (3, 0), dD)
-    store(sums, (4, 0), dbias)
-
-
-@inner
-def _add_to(long, v, k, short, row, lanes):
-    """Add a tile's sum to the float64 sum over all tiles."""
-    for lane in range(lanes):
-        long[v, k, lane] += short[row, lane]
-
-
-@inner
-def _store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts):
-    """Sum a tile's dB and dC over the channels of the block."""
-    for i in range(steps):
-        t = order[row, t0 + i]
-        for n in range(dB_parts.shape[3]):
-            place = ((n * TILE + i) * width(dB),)
-            dB_parts[block, b, t, n] = total(load(dB, place))
-            dC_parts[block, b, t, n] = total(load(dC, place))
-
-
-@kernel
-def _backward(
-    start: Int,
-    stop: Int,
-    dout: Read[3],
-    u: Read[3],
-    raw_delta: Read[3],
-    A: Read[2],
-    A2: Read[2],
-    B: Read[4],
-    C: Read[4],
-    B_factor: Read[2],
-    C_factor: Read[2],
-    D: Read[1],
-    z: Read[3],
-    bias: Read[1],
-    dlast: Read[3],
-    checkpoints: Read[4],
-    blocks: ReadInt[2],
-    order: ReadInt[2],
-    fresh: ReadInt[2],
-    steps_of: ReadInt[1],
-    du: Write[3],
-    ddelta: Write[3],
-    dz: Write[3],
-    dinitial: Write[3],
-    dB_parts: Write[4],
-    dC_parts: Write[4],
-    dA_parts: WriteDouble[4],
-    dchannel_parts: WriteDouble[3],
-    softplus_on: Flag,
-    zoh: Flag,
-    constant: Flag,
-):
-    """Equation: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}, and the gradients that follow from it.
-    Threads: a task is (batch row, block of channels); tiles of time are walked backwards.
-    Owns: du, ddelta, dz, dinitial of its channels; its own part of dB, dC (summed over blocks by the caller)
-    and of dA, dD, dbias (summed over the batch by the caller).
-    Saved: the state before each tile; decays and states inside a tile are computed again.
-    """
-    w, dstate = width(u), A.shape[0]
-    tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
-    tile = scratch((SLOTS * (TILE + 1) * w,), u)
-    dB, dC = scratch((dstate * TILE * w,), u), scratch((dstate * TILE * w,), u)
-    carry = scratch((BLOCK_VECTORS, dstate, w), u)
-    sums = scratch((5, w), u)
-    long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
-    bounds = np.empty(TILE + 1, np.int64)
-    gated = z.shape[0] > 0
-    for task in range(start, stop):
-        b, block = task // blocks.shape[0], task % blocks.shape[0]
-        d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        row = b % order.shape[0]
-        vectors = (d1 - d0 + w - 1) // w
-        long[:] = 0.0
-        for v in range(vectors):
-            for n in range(dstate):
-                store(carry, (v, n, 0), load(dlast, (b, n, d0 + v * w), d1 - d0 - v * w))
-        tiles = (steps_of[row] + TILE - 1) // TILE
-        for k in range(tiles):
-            t0 = (tiles - 1 - k) * TILE
-            steps = min(TILE, steps_of[row] - t0)
-            runs = _segments(fresh, row, t0, steps, bounds)
-            _load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
-            dB[:] = 0.0
-            dC[:] = 0.0
+    def _backward(
+        start: Int,
+        stop: Int,
+        dout: Read[3],
+        u: Read[3],
+        raw_delta: Read[3],
+        A: Read[2],
+        A2: Read[2],
+        B: Read[4],
+        C: Read[4],
+        B_factor: Read[2],
+        C_factor: Read[2],
+        D: Read[1],
+        z: Read[3],
+        bias: Read[1],
+        dlast: Read[3],
+        checkpoints: Read[4],
+        blocks: ReadInt[2],
+        order: ReadInt[2],
+        fresh: ReadInt[2],
+        steps_of: ReadInt[1],
+        du: Write[3],
+        ddelta: Write[3],
+        dz: Write[3],
+        dinitial: Write[3],
+        dB_parts: Write[4],
+        dC_parts: Write[4],
+        dA_parts: WriteDouble[4],
+        dchannel_parts: WriteDouble[3],
+        softplus_on: Flag,
+    ):
+        """Equation: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}, and the gradients that follow from it.
+        Threads: a task is (batch row, block of channels); tiles of time are walked backwards.
+        Owns: du, ddelta, dz, dinitial of its channels; its own part of dB, dC (summed over blocks by the caller)
+        and of dA, dD, dbias (summed over the batch by the caller).
+        Saved: the state before each tile; decays and states inside a tile are computed again.
+        """
+        w, dstate = width(u), A.shape[0]
+        tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
+        tile = scratch((SLOTS * (TILE + 1) * w,), u)
+        dB, dC = scratch((dstate * TILE * w,), u), scratch((dstate * TILE * w,), u)
+        carry = scratch((BLOCK_VECTORS, dstate, w), u)
+        sums = scratch((5, w), u)
+        long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
+        bounds = np.empty(TILE + 1, np.int64)
+        gated = z.shape[0] > 0
+        for task in range(start, stop):
+            b, block = task // blocks.shape[0], task % blocks.shape[0]
+            d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+            row = b % order.shape[0]
+            vectors = (d1 - d0 + w - 1) // w
+            long[:] = 0.0
+            for v in range(vectors):
+                for n in range(dstate):
+                    store(carry, (v, n, 0), load(dlast, (b, n, d0 + v * w), d1 - d0 - v * w))
+            tiles = (steps_of[row] + TILE - 1) // TILE
+            for k in range(tiles):
+                t0 = (tiles - 1 - k) * TILE
+                steps = min(TILE, steps_of[row] - t0)
+                runs = segments(fresh, row, t0, steps, bounds)
+                load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
+                dB[:] = 0.0
+                dC[:] = 0.0
+                for v in range(vectors):
+                    d, count = d0 + v * w, d1 - d0 - v * w
+                    load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
+                    load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile)
+                    for n in range(dstate):
+                        a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
+                        bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                        zero = cast(0, a)
+                        store(sums, (0, 0), zero)
+                        store(sums, (1, 0), zero)
+                        store(sums, (2, 0), zero)
+                        g = load(carry, (v, n, 0))
+                        for r in range(runs):
+                            run = runs - 1 - r
+                            lo, hi = bounds[run], bounds[run + 1]
+                            first = fresh[row, t0 + lo] != 0
+                            h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
+                            maps = (tile_B, tile_C, dB, dC)
+                            g = state_pass_back(h, g, a, a2, bf, cf, tile, maps, sums, n, lo, hi, gated)
+                            if first:
+                                g = zero
+                        store(carry, (v, n, 0), g)
+                        for q in range(3):
+                            add_to(long, v, q * dstate + n, sums, q, w)
+                    store_input_gradients(
+                        raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
+                        tile, du, ddelta, dz, sums,
+                    )  # fmt: skip
+                    add_to(long, v, 3 * dstate, sums, 3, w)
+                    add_to(long, v, 3 * dstate + 1, sums, 4, w)
+                store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts)
             for v in range(vectors):
                 d, count = d0 + v * w, d1 - d0 - v * w
-                _load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
-                _load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile)
                 for n in range(dstate):
-                    a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
-                    bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
-                    zero = cast(0, a)
-                    store(sums, (0, 0), zero)
-                    store(sums, (1, 0), zero)
-                    store(sums, (2, 0), zero)
-                    g = load(carry, (v, n, 0))
-                    for r in range(runs):
-                        run = runs - 1 - r
-                        lo, hi = bounds[run], bounds[run + 1]
-                        first = fresh[row, t0 + lo] != 0
-                        h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
-                        if zoh and constant:
-                            g = _zoh_pass_constant_back(
-                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
-                            )
-                        elif zoh:
-                            g = _zoh_pass_back(
-                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
-                            )
-                        elif constant:
-                            g = _euler_pass_constant_back(
-                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
-                            )
-                        else:
-                            g = _euler_pass_back(
-                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
-                            )
-                        if first:
-                            g = zero
-                    store(carry, (v, n, 0), g)
-                    for q in range(3):
-                        _add_to(long, v, q * dstate + n, sums, q, w)
-                _store_input_gradients(
-                    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
-                    tile, du, ddelta, dz, sums,
-                )  # fmt: skip
-                _add_to(long, v, 3 * dstate, sums, 3, w)
-                _add_to(long, v, 3 * dstate + 1, sums, 4, w)
-            _store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts)
-        for v in range(vectors):
-            d, count = d0 + v * w, d1 - d0 - v * w
-            for n in range(dstate):
-                store(dinitial, (b, n, d), load(carry, (v, n, 0)), count)
-            for lane in range(min(w, count)):
-                for n in range(dstate):
-                    for q in range(3):
-                        dA_parts[q, b, n, d + lane] = long[v, q * dstate + n, lane]
-                for q in range(2):
-                    dchannel_parts[q, b, d + lane] = long[v, 3 * dstate + q, lane]
+                    store(dinitial, (b, n, d), load(carry, (v, n, 0)), count)
+                for lane in range(min(w, count)):
+                    for n in range(dstate):
+                        for q in range(3):
+                            dA_parts[q, b, n, d + lane] = long[v, q * dstate + n, lane]
+                    for q in range(2):
+                        dchannel_parts[q, b, d + lane] = long[v, 3 * dstate + q, lane]
+
+    return Kernel(_backward, f"backward-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}")
+
+_RULES = [(zoh, constant) for zoh in (False, True) for constant in (False, True)]
+_FORWARD = {rule: _make_forward(*rule) for rule in _RULES}
+_BACKWARD = {rule: _make_backward(*rule) for rule in _RULES}
+"""A kernel for each discretization, with and without maps B or C that are constant in time."""
 
 
 # --- from the caller's arrays to the kernels' and back ---
@@ -517,7 +274,8 @@ class Saved(NamedTuple):
 
     arguments: tuple[Any, ...]
     prepared: Prepared
-    flags: tuple[bool, bool, bool]
+    softplus: bool
+    rule: tuple[bool, bool]
     schedule: Schedule
     blocks: np.ndarray
     checkpoints: np.ndarray
@@ -603,7 +361,7 @@ def forward(
     dtype = np.dtype(np.float64) if precise else compute_dtype(u.dtype)
     (batch, dim, seqlen), dstate = u.shape, A.shape[1]
     prepared = _prepare(u, delta, A, B, C, D, z, delta_bias, dtype)
-    flags = (bool(delta_softplus), discretization == "zoh", B.ndim == 2 or C.ndim == 2)
+    rule = (discretization == "zoh", B.ndim == 2 or C.ndim == 2)
     walk = schedule(seqlen, seq_idx, reverse)
     blocks = channel_blocks(dim, prepared.B.shape[1], LANES[dtype] * BLOCK_VECTORS)
     out = _fresh_output(u, dtype, walk)
@@ -611,15 +369,14 @@ def forward(
     checkpoints = empty((batch, -(-seqlen // TILE), dstate, dim) if save else (0, 0, 0, 0), dtype)
     state = _states(initial_state, (batch, dim, dstate), dtype)
     tasks = batch * len(blocks)
-    launch(
-        _forward, dtype, tasks, *prepared, state, blocks, *walk, out, last, checkpoints, *flags, work=u.size * dstate
-    )
+    arguments = (*prepared, state, blocks, *walk, out, last, checkpoints, bool(delta_softplus))
+    launch(_FORWARD[rule], dtype, tasks, *arguments, work=u.size * dstate)
     y = in_order_of(out, u)
     last = np.ascontiguousarray(last.swapaxes(1, 2), compute_dtype(u.dtype))
     if not save:
         return y, last, None
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return y, last, Saved(arguments, prepared, flags, walk, blocks, checkpoints)
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return y, last, Saved(given, prepared, bool(delta_softplus), rule, walk, blocks, checkpoints)
 
 
 def backward(dout: np.ndarray | None, dlast_state: np.ndarray | None, saved: Saved) -> tuple[np.ndarray | None, ...]:
@@ -637,7 +394,8 @@ def backward(dout: np.ndarray | None, dlast_state: np.ndarray | None, saved: Sav
     cotangent = np.zeros((batch, seqlen, dim), dtype) if dout is None else rows(dout, dtype)
     arguments = (cotangent, *saved.prepared, dlast, saved.checkpoints, blocks, *saved.schedule)
     results = (du, ddelta, dz, dinitial, *parts, long, channels)
-    launch(_backward, dtype, batch * len(blocks), *arguments, *results, *saved.flags, work=u.size * dstate)
+    kernel, tasks = _BACKWARD[saved.rule], batch * len(blocks)
+    launch(kernel, dtype, tasks, *arguments, *results, saved.softplus, work=u.size * dstate)
     dA, dB_factor, dC_factor = long.sum(axis=1).swapaxes(1, 2)
     dD, dbias = channels.sum(axis=1)
     return (
