@@ -21,10 +21,10 @@ FLOORS = [
     "scalar shapes backend autodiff.tape autodiff.tree cuda.launch",
     "cpu cpu.* cuda.* reference reference.*",
     "ops ops.* autodiff.algebra autodiff.check lti",
-    "autodiff autodiff.optim block config config_names initialize data text settings"
-    " checkpoint tensorfile training_state files",
+    "autodiff autodiff.optim block config config_names initialize data vocabulary corpus streaming settings"
+    " checkpoint tensorfile training_state files generate",
     "lm tasks",
-    "train generate inspect testing testing.* report report_style charts summary progress runs doctor",
+    "train inspect testing testing.* report report_style charts summary progress runs doctor",
     "cli",
     "__main__",
 ]
