@@ -92,7 +92,8 @@ class Kernel:
 
     def _compile(self, dtype: np.dtype) -> Callable[..., None]:
         dispatcher = njit(nogil=True, error_model="numpy")(self.function)
-        dispatcher._cache = KernelCache(self.function, self.name)
+        if self.name.startswith("npmamba."):  # the cache knows when our sources change, not when others do
+            dispatcher._cache = KernelCache(self.function, self.name)
         dispatcher.compile(self.signature(dtype))
         dispatcher.disable_compile()
         return dispatcher

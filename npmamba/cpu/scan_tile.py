@@ -118,9 +118,8 @@ def make_state_pass_back(zoh: bool, constant: bool) -> Any:
     """
 
     @inner
-    def state_pass_back(h, g, a, a2, b, c, tile, maps, sums, n, lo, hi, gated):
+    def state_pass_back(h, g, a, a2, b, c, tile, B, C, dB, dC, sums, n, lo, hi, gated):
         w = width(tile)
-        B, C, dB, dC = maps
         put(tile, STATE, lo, h)
         for i in range(lo, hi):
             step = get(tile, DELTA, i)
