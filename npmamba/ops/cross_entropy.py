@@ -103,9 +103,11 @@ def _check_dout(op: str, dout: Any, logits: Any) -> Any:
     dtype = compute_dtype(logits.dtype)
     if isinstance(dout, int | float | np.floating) and not isinstance(dout, bool):
         return array_module(op, logits=logits).asarray(dout, dtype)
+    if dout is None:
+        raise TypeError(f"{op}: dout must be a NumPy or CuPy array, got None")
     array_module(op, logits=logits, dout=dout)
-    if dout is None or dout.shape != ():
-        raise ValueError(f"{op}: dout must be a number or an array of shape (), got {getattr(dout, 'shape', None)}")
+    if dout.shape != ():
+        raise ValueError(f"{op}: dout must be a number or an array of shape (), got shape {dout.shape}")
     Arguments(op).dtype("dout", dout, dtype, like=f"logits is {logits.dtype.name}")
     return dout
 
