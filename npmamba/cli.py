@@ -13,109 +13,27 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
-from npmamba.settings import TrainConfig, flag, nearest, read_toml
+from npmamba.arguments import FAILED, parser
+from npmamba.settings import TrainConfig, read_toml
 
 STARTED = time.perf_counter()
-FAILED, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 _SUFFIXES = {"ok": "ok", "missing": "--", "broken": "!!"}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, with the nearest option there is."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse unknown options here, where the options of the command in question are known."""
-        found, extra = super().parse_known_args(args, namespace)
-        if extra:
-            name = extra[0].split("=")[0]
-            what = "unknown option" if name.startswith("-") else "unexpected argument"
-            self.error(f"{what} {name}" + nearest(name, self._option_string_actions))
-        return found, extra
-
-    def error(self, message: str) -> NoReturn:
-        """Print one sentence and exit with code 2."""
-        if "invalid choice: " in message:
-            before, _, after = message.partition(" (choose from ")
-            choices = [word.strip("' )") for word in after.split(",")]
-            wrong = before.rpartition("invalid choice: ")[2].strip("'")
-            message = before + (nearest(wrong, choices) or f"; choose from {', '.join(choices)}")
-        self.exit(FAILED, f"{self.prog}: {message.removeprefix('argument ')}\n")
-
-
-def _parser() -> Parser:
-    text = "Mamba on NumPy: train a model, let it write, look inside."
-    parser = Parser(prog="npmamba", description=text, allow_abbrev=False)
-    parser.add_argument("--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    _add_train(commands)
-    _add_generate(commands)
-    doctor = commands.add_parser("doctor", help="say what works here, and why the rest does not")
-    doctor.add_argument("--json", action="store_true", help="print JSON, for bug reports")
-    commands.add_parser("warmup", help="compile all kernels now").add_argument(
-        "--float64", action="store_true", help="those for float64 too"
-    )
-    for command in commands.choices.values():
-        command.allow_abbrev = False
-        command.add_argument("--threads", type=_threads, metavar="N", help="threads (default: all cores)")
-    return parser
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
-    return int(text)
-
-
-def _add_train(commands: Any) -> None:
-    text = "Train a language model on a text, let it write a sample, and draw a report (report.html)."
-    train = commands.add_parser("train", help="train a model on a text", description=text)
-    source, *options = fields(TrainConfig)
-    train.add_argument("source", nargs="?", metavar="TEXT", help=source.metadata["help"])
-    for f in options:
-        default = "" if f.default is None else f" (default: {f.default})"
-        kind, choices = f.metadata["kind"], f.metadata["choices"]
-        shape = {"choices": choices} if choices else {"metavar": {int: "N", float: "X", str: "S"}[kind]}
-        train.add_argument(flag(f.name), dest=f.name, type=kind, help=f.metadata["help"] + default, **shape)
-    train.add_argument(
-        "--config", metavar="FILE", help="TOML file of settings; options given here win over it"
-    )
-    train.add_argument("--resume", metavar="DIR", help="go on with a run, exactly as if it had not stopped")
-    train.add_argument("--no-report", action="store_true", help="write no report.html")
-    train.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _add_generate(commands: Any) -> None:
-    text = "Continue a text with a trained model; it appears as it is drawn."
-    generate = commands.add_parser("generate", help="write text with a trained model", description=text)
-    add = generate.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="folder of a run or of a published model")
-    add("--prompt", default="\n", metavar="S", help="text to continue (default: a new line)")
-    add("--tokens", type=int, default=500, metavar="N", help="how many to draw (default: 500)")
-    add("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: 0.8)")
-    add("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest (default: 0, no limit)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="draw from the likeliest that sum to X (default: 1)",
-    )
-    add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    understood = parser()
+    args = understood.parse_args(argv)
     if args.version:
         from npmamba import __version__
 
         print(__version__)
         return 0
     if args.command is None:
-        parser.print_help()
+        understood.print_help()
         return 0
     set_threads(args.threads)
     return _guarded(args.command, lambda: _COMMANDS[args.command](args))
@@ -138,9 +56,8 @@ def _guarded(command: str, run: Callable[[], int]) -> int:
 
 def set_threads(threads: int | None) -> None:
     """Set what thread pools read when they start; what the user has set stands, unless `threads` is given."""
-    os.environ.setdefault(
-        "OPENBLAS_THREAD_TIMEOUT", "4"
-    )  # idle workers must not keep the kernels' cores busy
+    # An idle BLAS worker spins 2^n cycles before it sleeps; it must not keep the kernels' cores busy.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     if threads is not None:
         for name in ("NPMAMBA", "OMP", "OPENBLAS", "MKL"):
             os.environ[f"{name}_NUM_THREADS"] = str(threads)

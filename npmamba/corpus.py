@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npmamba.data import Vocabulary, read_text, stdlib_corpus, train_val_split
+from npmamba.data import read_text, stdlib_corpus, train_val_split
 from npmamba.settings import TrainConfig
+from npmamba.vocabulary import Vocabulary
 
 FRACTION = 0.9
 

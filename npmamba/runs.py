@@ -6,6 +6,7 @@ A folder holds ``checkpoint.safetensors`` (all that resuming needs, in one file)
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -13,7 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from npmamba.autodiff.optim import AdamWState
+from npmamba.autodiff.tree import tree_map
 from npmamba.checkpoint import load_training, save_model, save_training
 from npmamba.config import MambaConfig
 from npmamba.corpus import Corpus, read_corpus
@@ -64,8 +68,32 @@ class Run:
             "seconds": self.seconds,
             "text": self.corpus.digest,
         }
-        save_training(self.folder, self.step, self.model, self.params, self.moments, extra)
-        save_model(self.folder, self.model, self.params)
+        params, moments = on_host(self.params), on_host(self.moments)
+        save_training(self.folder, self.step, self.model, params, moments, extra)
+        save_model(self.folder, self.model, params)
+
+
+def on_backend(backend: str, tree: Any) -> Any:
+    """Return `tree` with its NumPy arrays as arrays of the backend.
+
+    Raises
+    ------
+    ImportError
+        If CuPy is asked for and missing: how to install it is said.
+    """
+    if backend == "numpy":
+        return tree
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        extras = "pip install 'npmamba[cuda13]', or [cuda12] for an older driver"
+        raise ImportError(f"--backend cupy needs CuPy: {extras}; npmamba doctor says more") from None
+    return tree_map(lambda x: cupy.asarray(x) if isinstance(x, np.ndarray) else x, tree)
+
+
+def on_host(tree: Any) -> Any:
+    """Return `tree` with NumPy arrays."""
+    return tree_map(lambda x: x.get() if hasattr(x, "__cuda_array_interface__") else x, tree)
 
 
 def create(config: TrainConfig) -> Run:
@@ -80,10 +108,11 @@ def create(config: TrainConfig) -> Run:
     corpus.vocabulary.encode(
         config.prompt or ""
     )  # a prompt that cannot be read is better known now than later
+    on_backend(config.backend, None)
     folder = _choose_folder(config, corpus.name)
     sizes: dict[str, Any] = {"d_model": config.d_model, "n_layer": config.layers, "d_state": config.d_state}
     model = MambaConfig(vocab_size=len(corpus.vocabulary), dropout=config.dropout, **sizes)
-    params = init_params(model, seed=config.seed, dtype=config.dtype)
+    params = on_backend(config.backend, init_params(model, seed=config.seed, dtype=config.dtype))
     corpus.vocabulary.save(folder / VOCABULARY)
     return Run(config, folder, corpus, model, params)
 
@@ -137,7 +166,8 @@ def resume(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     moments = None if state.opt_state is None else AdamWState(**state.opt_state)
     kept = {"step": state.step, "total": state.extra["total"], "seconds": state.extra["seconds"]}
     history = _read_metrics(folder, state.step)
-    return Run(config, folder, corpus, state.config, state.params, moments, history=history, **kept)
+    params, moments = on_backend(config.backend, (state.params, moments))
+    return Run(config, folder, corpus, state.config, params, moments, history=history, **kept)
 
 
 def _read_metrics(folder: Path, step: int) -> list[dict[str, Any]]:

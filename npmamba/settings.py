@@ -49,7 +49,7 @@ class TrainConfig:
     vocab: str = _option(
         "auto",
         str,
-        "auto is char if the text has fewer than 256 characters",
+        "auto: char if fewer than 256 different ones occur",
         choices=("auto", "char", "byte"),
     )
     context: int = _option(256, int, "characters per training window", low=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.data import Vocabulary
+from npmamba.vocabulary import Vocabulary
 
 VOCABULARY, TOKENIZER = "vocabulary.json", "tokenizer.json"
 

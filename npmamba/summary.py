@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from npmamba.inspect import selectivity, time_constants
 from npmamba.lm import MambaLM
 from npmamba.progress import clock
 from npmamba.report import Report
-from npmamba.runs import REPORT, Run
+from npmamba.runs import REPORT, Run, on_host
 from npmamba.settings import TrainConfig, flag
 from npmamba.train import FINAL
 
@@ -29,19 +30,22 @@ def sample(run: Run) -> tuple[str, str]:
     """Return the prompt and what the model writes after it, by the run's seed."""
     config, vocabulary = run.config, run.corpus.vocabulary
     ids = prompt_ids(run)
-    model = MambaLM(run.model, run.params)
+    model = MambaLM(run.model, on_host(run.params))
     out = generate(model, ids[None], config.sample_length, temperature=TEMPERATURE, seed=config.seed)[0]
     return vocabulary.decode(ids), vocabulary.decode(out[len(ids) :])
 
 
 def prompt_ids(run: Run) -> np.ndarray:
-    """Return the prompt as tokens: the one asked for, or the first line of the validation text."""
+    """Return the prompt as tokens: the one asked for, or the first whole lines of the validation text."""
+    vocabulary = run.corpus.vocabulary
     if run.config.prompt:
-        return run.corpus.vocabulary.encode(run.config.prompt)
-    start = run.corpus.validation[:64]
-    text = run.corpus.vocabulary.decode(start)
-    line = text.lstrip().partition("\n")[0]
-    return run.corpus.vocabulary.encode(line + "\n") if "\n" in text else start
+        return vocabulary.encode(run.config.prompt)
+    lines = (
+        vocabulary.decode(run.corpus.validation[:400]).partition("\n")[2].lstrip().splitlines(keepends=True)
+    )
+    lengths = list(itertools.accumulate(len(line) for line in lines[:-1]))
+    count = next((i + 1 for i, length in enumerate(lengths) if length >= 20), 0)
+    return vocabulary.encode("".join(lines[:count])) if count else run.corpus.validation[:40]
 
 
 def summarise(run: Run, prompt: str, text: str, command: str = "") -> Report:
@@ -49,7 +53,7 @@ def summarise(run: Run, prompt: str, text: str, command: str = "") -> Report:
     losses = [(m["step"], m["loss"]) for m in run.history if "loss" in m]
     validation = [(m["step"], m["validation_loss"]) for m in run.history if "validation_loss" in m]
     ids = run.corpus.vocabulary.encode(prompt + text)[:SHOWN]
-    model = MambaLM(run.model, run.params)
+    model = MambaLM(run.model, on_host(run.params))
     return Report(
         title=run.corpus.name,
         facts=facts(run),

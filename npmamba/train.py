@@ -21,7 +21,7 @@ from npmamba import lm
 from npmamba.autodiff import adamw, clip_by_global_norm, decay_mask, value_and_grad, warmup_cosine
 from npmamba.data import IGNORE_INDEX, batch_at, evaluation_windows
 from npmamba.progress import Silent
-from npmamba.runs import Run
+from npmamba.runs import Run, on_backend
 from npmamba.settings import TrainConfig
 
 __all__ = ["Interrupted", "TrainConfig", "evaluate", "learning_rate", "train"]
@@ -167,7 +167,7 @@ class Loop:
     def _update(self) -> tuple[float, float]:
         run, config = self.run, self.run.config
         batch = {"batch": config.batch, "seqlen": config.context, "seed": config.seed, "step": run.step}
-        x, y = batch_at(run.corpus.training, **batch)
+        x, y = on_backend(config.backend, batch_at(run.corpus.training, **batch))
         key = (config.seed, run.step) if config.dropout else None
         loss, gradients = self.gradient(run.params, run.model, x, y, dropout_key=key)
         gradients, norm = clip_by_global_norm(gradients, config.clip or math.inf)
@@ -178,7 +178,7 @@ class Loop:
     def _fit(self) -> int:
         """Decide how many steps fit the time that is left, validation and the end included."""
         config = self.run.config
-        each = statistics.median(self.times[UNTIMED:] or self.times)
+        each = statistics.fmean(self.times[UNTIMED:] or self.times)
         token = each / (3 * config.batch * config.context)  # a forward pass is about a third of a step
         size = len(self.run.corpus.validation)
         end = token * min(size, FINAL) + 4.0
@@ -214,6 +214,7 @@ def evaluate(run: Run, tokens: int) -> float:
     inputs, targets = evaluation_windows(run.corpus.validation[: tokens + 1], context)
     total = 0.0
     for start in range(0, len(inputs), batch):
-        x, y = inputs[start : start + batch], targets[start : start + batch]
+        part = inputs[start : start + batch], targets[start : start + batch]
+        x, y = on_backend(run.config.backend, part)
         total += float(lm.loss(run.params, run.model, x, y)) * int((y != IGNORE_INDEX).sum())
     return total / int((targets != IGNORE_INDEX).sum())

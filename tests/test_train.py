@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npmamba import cli, runs, summary
+from npmamba import arguments, cli, runs, summary
 from npmamba.checkpoint import load_model, load_training
-from npmamba.data import Vocabulary
 from npmamba.inspect import selectivity, step_sizes, time_constants
 from npmamba.lm import MambaLM, logits
 from npmamba.progress import Silent
 from npmamba.settings import TrainConfig
 from npmamba.streaming import pieces
 from npmamba.train import FINAL, MEASURED, Interrupted, Loop, evaluate, learning_rate, train
+from npmamba.vocabulary import Vocabulary
 
 TEXT = "the quick brown fox jumps over the lazy dog.\nwhat a day for a fox!\n" * 40
 SIZES = {"d_model": 8, "layers": 2, "d_state": 4, "context": 16, "batch": 2, "sample_length": 12}
@@ -296,6 +296,13 @@ def test_a_prompt_that_cannot_be_read_is_refused_at_once(capsys, text, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_cupy_comes_with_the_command_that_installs_it(capsys, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # imports fail
+    message = refused(capsys, text, "--out", str(tmp_path / "run"), "--backend", "cupy")
+    assert "--backend cupy needs CuPy: pip install 'npmamba[cuda13]'" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_that_cannot_be_used_are_named(capsys, text, tmp_path):
     taken = tmp_path / "file"
     taken.write_text("x")
@@ -393,7 +400,7 @@ def test_runs_are_numbered(text, tmp_path, monkeypatch):
 def test_the_command_of_a_report_starts_the_same_run(text, tmp_path):
     settings = config(text, tmp_path / "run", prompt="it's")
     words = __import__("shlex").split(summary.command_line(settings))
-    args = cli._parser().parse_args(words[1:])
+    args = arguments.parser().parse_args(words[1:])
     given = {name: getattr(args, name) for name in TrainConfig.__dataclass_fields__ if name != "out"}
     assert TrainConfig(**{k: v for k, v in given.items() if v is not None}, out=settings.out) == settings
 
