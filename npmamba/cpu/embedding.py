@@ -14,13 +14,12 @@ import numpy as np
 from npmamba.cpu.lines import lines
 from npmamba.cpu.runtime import Int, Read, ReadInt, Write, inner, kernel, launch, scratch
 from npmamba.cpu.simd import load, store, width
-from npmamba.scalar import cast
 from npmamba.shapes import compute_dtype
 
 BLOCK_VECTORS = 16
 """Vectors of channels per task."""
 TOKENS = 64
-"""Tokens whose gradients are summed before the sum is added to the row: float32 stays exact over long texts."""
+"""Tokens whose gradients are summed in the dtype of the row; these sums are added in float64."""
 
 
 @inner
@@ -49,16 +48,23 @@ def _backward(
     w, dim = width(dout), dout.shape[1]
     block = BLOCK_VECTORS * w
     blocks = (dim + block - 1) // block
-    sums = scratch((1, block), dout)
+    sums, long = scratch((1, block), dout), np.empty(block, np.float64)
     for task in range(start, stop):
         k, d0 = task // blocks, task % blocks * block
         d1 = min(d0 + block, dim)
-        for first in range(bounds[k], bounds[k + 1], TOKENS):
-            for j in range(0, block, w):
-                store(sums, (0, j), cast(0, load(sums, (0, j))))
-            for t in range(first, min(first + TOKENS, bounds[k + 1])):
-                _add_into(sums, 0, 0, d1 - d0, dout, tokens[t], -d0)
-            _add_into(dweight, ids[k], d0, d1, sums, 0, d0)
+        first, end = bounds[k], bounds[k + 1]
+        if end - first <= TOKENS:
+            for t in range(first, end):
+                _add_into(dweight, ids[k], d0, d1, dout, tokens[t], 0)
+        else:
+            long[:] = 0
+            for t0 in range(first, end, TOKENS):
+                sums[:] = 0
+                for t in range(t0, min(t0 + TOKENS, end)):
+                    _add_into(sums, 0, 0, d1 - d0, dout, tokens[t], -d0)
+                long += sums[0]
+            for d in range(d0, d1):
+                dweight[ids[k], d] = long[d - d0]
 
 
 class Saved(NamedTuple):
