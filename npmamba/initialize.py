@@ -56,14 +56,20 @@ def init_params(config: MambaConfig, *, seed: int = 0, dtype: Any = np.float32) 
     config : MambaConfig
         Sizes and ranges.
     seed : int
-        Seed; each parameter has its own stream, so that sizes of one do not shift another.
+        Not negative. Each parameter has a stream of its own, made from the seed and its key: what a model shares with
+        a deeper one, or with one without biases, starts at the same values.
     dtype : dtype
-        float32 or float64.
+        float32 or float64; both are drawn in float64, float32 is rounded from it.
 
     Returns
     -------
     dict
         Array by checkpoint key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `dtype` is another one, or `seed` is no integer or negative.
 
     Notes
     -----
@@ -77,8 +83,10 @@ def init_params(config: MambaConfig, *, seed: int = 0, dtype: Any = np.float32) 
     >>> params["backbone.layers.0.mixer.D"].shape, params["backbone.embeddings.weight"].dtype
     ((32,), dtype('float32'))
     """
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise TypeError(f"init_params: dtype must be float32 or float64, got {np.dtype(dtype)}")
     params = {}
-    for number, (key, shape) in enumerate(config.parameter_shapes().items()):
-        rng = np.random.default_rng((seed, number))
+    for key, shape in config.parameter_shapes().items():
+        rng = np.random.default_rng([seed, *key.encode()])
         params[key] = np.array(_initial(rng, key, shape, config), dtype)
     return params
