@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from npmamba.autodiff import value_and_grad
 from npmamba.autodiff.algebra import dropout, linear
@@ -59,7 +62,7 @@ def _hidden(
             _mixer(layer),
             normed,
             config,
-            state=state[i] if state else None,
+            state=None if state is None else state[i],
             seq_idx=seq_idx,
             observe=observe,
         )
@@ -83,6 +86,11 @@ def _check_ids(name: str, input_ids: Any, ndim: int) -> None:
         raise TypeError(f"MambaLM: {name} must be an array {shape} of integers, got {got}")
     if input_ids.ndim != ndim:
         raise ValueError(f"MambaLM: {name} must be {shape}, got shape {input_ids.shape}")
+
+
+def _check_state(config: MambaConfig, state: State) -> None:
+    if len(state) != config.n_layer:
+        raise ValueError(f"MambaLM: state must hold a BlockState for each of {config.n_layer} layers, got {len(state)}")
 
 
 def logits(
@@ -111,6 +119,12 @@ def logits(
     Returns
     -------
     array (batch, seqlen, vocab)
+        The vocabulary's `padded_vocab_size` scores, in the dtype of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `input_ids` are not integers (batch, seqlen), or an id or `seq_idx` does not fit.
     """
     _check_ids("input_ids", input_ids, 2)
     hidden, _ = _hidden(params, config, input_ids, dropout_key=dropout_key, seq_idx=seq_idx)
@@ -141,6 +155,12 @@ def loss(
     Returns
     -------
     array ()
+        NaN if no target counts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `logits`, and if `targets` do not fit.
     """
     scores = logits(params, config, input_ids, dropout_key=dropout_key, seq_idx=seq_idx)
     return cross_entropy(scores, targets, ignore_index=ignore_index)
@@ -149,11 +169,13 @@ def loss(
 def next_token_labels(labels: Any, ignore_index: int = -100) -> Any:
     """Shift labels that are aligned with the input by one: position t gets label t + 1, the last one none.
 
+    The result is int64: bytes are fine as tokens, but cannot hold `ignore_index`.
+
     >>> import numpy as np
     >>> next_token_labels(np.array([[5, 6, 7]]))
     array([[   6,    7, -100]])
     """
-    targets = array_module("next_token_labels", labels=labels).full_like(labels, ignore_index)
+    targets = array_module("next_token_labels", labels=labels).full(labels.shape, ignore_index, np.int64)
     targets[:, :-1] = labels[:, 1:]
     return targets
 
@@ -184,10 +206,17 @@ def prefill(params: Params, config: MambaConfig, input_ids: Any, state: State | 
         Scores of the token after the last one.
     state : list of BlockState
         To go on from, by `step` or by another `prefill`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `logits`, and if there is no token or `state` is not that of this model.
     """
     _check_ids("input_ids", input_ids, 2)
     if input_ids.shape[1] < 1:
         raise ValueError(f"MambaLM: input_ids must have at least one token each, got shape {input_ids.shape}")
+    if state is not None:
+        _check_state(config, state)
     hidden, state = _hidden(params, config, input_ids, state=state)
     return linear(hidden[:, -1], _head(params, config)), state
 
@@ -208,8 +237,14 @@ def step(params: Params, config: MambaConfig, token_ids: Any, state: State) -> A
     -------
     array (batch, vocab)
         Scores of the next token.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `token_ids` are not integers (batch,), or an id or the state does not fit.
     """
     _check_ids("token_ids", token_ids, 1)
+    _check_state(config, state)
     hidden, residual = embedding(params["backbone.embeddings.weight"], token_ids), None
     for layer, block_state in zip(_layers(params, config), state, strict=True):
         normed, residual = _add_norm(hidden, residual, layer["norm.weight"], config)
@@ -230,6 +265,11 @@ class MambaLM:
     seed : int
         Seed of the initialization.
 
+    Raises
+    ------
+    ValueError
+        If `params` are not those of `config`.
+
     Examples
     --------
     >>> import numpy as np
@@ -243,6 +283,7 @@ class MambaLM:
     def __init__(self, config: MambaConfig, params: dict[str, Any] | None = None, *, seed: int = 0) -> None:
         self.config = config
         self.params = init_params(config, seed=seed) if params is None else params
+        _check_params(config, self.params)
 
     def __call__(self, input_ids: Any, *, seq_idx: Any = None) -> Any:
         """Return the logits (batch, seqlen, vocab) of every next token; see `logits`."""
@@ -273,8 +314,16 @@ class MambaLM:
             Mean nats per token.
         grads : dict
             Gradient by checkpoint key.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `loss`.
         """
+        _check_ids("input_ids", input_ids, 2)
         _check_ids("labels", labels, 2)
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"MambaLM: labels have shape {labels.shape}, but input_ids have shape {input_ids.shape}")
         targets = next_token_labels(labels, ignore_index)
         return value_and_grad(loss)(
             self.params, self.config, input_ids, targets, ignore_index=ignore_index, dropout_key=dropout_key
@@ -315,15 +364,21 @@ class MambaLM:
 
         Raises
         ------
-        ValueError, OSError
-            If the files are missing, damaged, or do not belong together; the message says which.
+        ValueError, TypeError, OSError
+            If the files are missing, damaged, or do not belong together, or an option is unknown; the message says
+            which.
+        ImportError
+            If CuPy is asked for and missing.
         """
         from npmamba.checkpoint import load_model
 
         if backend not in ("numpy", "cupy"):
             raise ValueError(f"MambaLM.from_pretrained: backend must be 'numpy' or 'cupy', got {backend!r}")
+        if dtype is not None and dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"MambaLM.from_pretrained: dtype must be float32, float64 or None, got {dtype!r}")
+        library = _import_cupy() if backend == "cupy" else np
         config, params = load_model(folder, dtype)
-        return cls(config, _to_cupy(params) if backend == "cupy" else params)
+        return cls(config, {key: library.asarray(value) for key, value in params.items()})
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: Any = None) -> None:
         """Save as ``config.json`` and ``model.safetensors``, which transformers' MambaForCausalLM reads.
@@ -340,12 +395,24 @@ class MambaLM:
         save_model(folder, self.config, self.params, dtype)
 
 
-def _to_cupy(params: dict[str, Any]) -> dict[str, Any]:
+def _check_params(config: MambaConfig, params: Params) -> None:
+    """Raise ValueError at the first array that is missing, misshapen or not of the model."""
+    expected = config.parameter_shapes()
+    for key in {**expected, **params}:
+        came = params[key].shape if key in params else None
+        if came != expected.get(key):
+            wanted = f"have shape {expected[key]}" if key in expected else "not be there"
+            raise ValueError(f"MambaLM: params[{key!r}] must {wanted}, got {'none' if came is None else came}")
+
+
+def _import_cupy() -> ModuleType:
     try:
         import cupy
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":  # CuPy is there, but broken: its own message says how
+            raise
         raise ImportError(
-            'MambaLM: backend "cupy" needs CuPy; install the extra for your CUDA version: '
+            "MambaLM.from_pretrained: backend 'cupy' needs CuPy; install the extra for your CUDA version: "
             'pip install "npmamba[cuda13]" or "npmamba[cuda12]"'
         ) from None
-    return {key: cupy.asarray(value) for key, value in params.items()}
+    return cupy
