@@ -1,12 +1,11 @@
 """CPU twin of `npmamba.ops.causal_conv1d`: Numba loops, forward, backward and one step.
 
-A task is one batch row and one block of channels. Time is walked in tiles of `TILE` steps; the inputs of a tile, and
-the ``width - 1`` before it, are staged in the first-level cache, so memory is read once and written once.
+A task is one batch row, one chunk of time and one block of channels. It walks its steps in tiles of `TILE`, whose loops
+stand in `npmamba.cpu.conv_tile`; a tile reads the ``width - 1`` inputs before it once more, so chunks know nothing of
+each other and the bits of a result do not depend on where time is cut.
 
-Arrays over time arrive as (batch, seqlen, dim) with unit channel stride. Which step comes when is told by `Schedule`.
-How far a step looks back is told by its first tap: tap k of step s is the input of step ``s - (width - 1) + k``, and
-taps that would reach into another sequence are left out of every loop. Before the
-first step lies the initial state.
+Arrays over time arrive as (batch, seqlen, dim) with unit channel stride. Which step comes when is told by `Schedule`;
+how far a step may look back in its own sequence is told by its first tap.
 """
 
 from __future__ import annotations
@@ -15,13 +14,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npmamba.cpu.conv_tile import (
+    add_weight_gradients,
+    convolve,
+    convolve_4,
+    input_gradient,
+    is_plain,
+    load_cotangents,
+    load_cotangents_4,
+    stage,
+    store_input_gradients,
+    store_input_gradients_4,
+)
 from npmamba.cpu.runtime import (
     Flag,
     Int,
     Read,
     ReadInt,
     Write,
-    WriteDouble,
     empty,
     in_order_of,
     inner,
@@ -34,45 +44,24 @@ from npmamba.cpu.runtime import (
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
 from npmamba.cpu.simd import LANES, load, store, width
-from npmamba.scalar import cast, fma, silu, silu_derivative
+from npmamba.scalar import cast, fma, silu
 from npmamba.shapes import compute_dtype
 
-TILE = 64
-"""Steps per tile."""
-BLOCK_VECTORS = 8
+TILE = 16
+"""Steps per tile: few, so that the rows of memory that a tile reads and writes come nearly one after the other."""
+CHUNK = 128
+"""Steps per task, a multiple of `TILE`; their shares of dweight and dbias are added in the kernel's dtype."""
+BLOCK_VECTORS = 64
 """Vectors of channels per task."""
 
 
-# --- what the passes share ---
-
-
 @inner
-def _stage(x, initial, order, b, d, row, t0, steps, count, window):
-    """Copy the inputs of steps ``t0 - lag .. t0 + steps - 1`` to `window`, where ``lag = width - 1``."""
-    lag = initial.shape[1]
-    for i in range(lag + steps):
-        s = t0 - lag + i
-        if s < 0:
-            store(window, (i, 0), load(initial, (b, lag + s, d), count))
-        else:
-            store(window, (i, 0), load(x, (b, order[row, s], d), count))
-
-
-@inner
-def _weighted_sum(weights, window, i, first_tap):
-    """bias + sum_k weight_k x_(s - lag + k) for step i of the tile; the bias is the last row of `weights`."""
-    taps = weights.shape[0] - 1
-    q = load(weights, (taps, 0))
-    for k in range(first_tap, taps):
-        q = fma(load(weights, (k, 0)), load(window, (i + k, 0)), q)
-    return q
-
-
-@inner
-def _load_weights(weight, bias, d, count, weights):
-    for k in range(weight.shape[0]):
-        store(weights, (k, 0), load(weight, (k, d), count))
-    store(weights, (weight.shape[0], 0), load(bias, (d,), count))
+def _place(task, blocks, steps_of, seqlen):
+    """Return a task's batch row, row of the schedule, first step and end, first channel and end."""
+    chunks = max((seqlen + CHUNK - 1) // CHUNK, 1)
+    block, b = task % blocks.shape[0], task // blocks.shape[0] // chunks
+    row, start = b % steps_of.shape[0], task // blocks.shape[0] % chunks * CHUNK
+    return b, row, start, max(start, min(start + CHUNK, steps_of[row])), blocks[block, 0], blocks[block, 1]
 
 
 # --- forward ---
@@ -95,32 +84,32 @@ def _forward(
     silu_on: Flag,
 ):
     """Equation: q_s = bias + sum_k weight_k x_(s - lag + k), out = silu(q) or q, lag = width - 1.
-    Threads: a task is (batch row, block of channels); loops over tiles of time, channel vectors, time, taps.
-    Owns: out and last of its channels; nothing is summed across tasks.
+    Threads: a task is (batch row, chunk of time, block of channels); loops over tiles, channel vectors, time, taps.
+    Owns: out of its steps and channels, and last if it is the first chunk; nothing is summed across tasks.
     Saved: nothing.
     """
     w, lag = width(x), initial.shape[1]
     window, weights = scratch((lag + TILE, w), x), scratch((lag + 2, w), x)
     for task in range(start, stop):
-        b, block = task // blocks.shape[0], task % blocks.shape[0]
-        d0, d1 = blocks[block, 0], blocks[block, 1]
-        row = b % order.shape[0]
-        total = steps_of[row]
-        for t0 in range(0, max(total, 1), TILE):
-            steps = min(TILE, total - t0)
+        b, row, s0, s1, d0, d1 = _place(task, blocks, steps_of, x.shape[1])
+        for t0 in range(s0, s1, TILE):
+            span = (t0, min(TILE, s1 - t0))
+            fast = lag == 3 and is_plain(first_tap, row, t0, t0 + span[1])
             for d in range(d0, d1, w):
-                count = d1 - d
-                _load_weights(weight, bias, d, count, weights)
-                _stage(x, initial, order, b, d, row, t0, steps, count, window)
-                for i in range(steps):
-                    q = _weighted_sum(weights, window, i, first_tap[row, t0 + i])
-                    if silu_on:
-                        q = silu(q)
-                    store(out, (b, order[row, t0 + i], d), q, count)
-                if t0 + steps == total:
-                    for k in range(lag):
-                        tap = load(window, (steps + k, 0))
-                        store(last, (b, k, d), tap if k >= first_tap[row, total] else cast(0, tap), count)
+                place = (b, row, d, d1 - d)
+                staged = (t0, 0) if fast else span
+                stage(x, weight, bias, initial, order, place, staged, weights, window)
+                if fast:
+                    convolve_4(x, window, weights, order, place, span, silu_on, out)
+                else:
+                    convolve(window, weights, first_tap, order, place, span, silu_on, out)
+        if s0 == 0:
+            total = steps_of[row]
+            for d in range(d0, d1, w):
+                stage(x, weight, bias, initial, order, (b, row, d, d1 - d), (total, 0), weights, window)
+                for k in range(lag):
+                    tap = load(window, (k, 0))
+                    store(last, (b, k, d), tap if k >= first_tap[row, total] else cast(0, tap), d1 - d)
 
 
 # --- backward ---
@@ -142,69 +131,56 @@ def _backward(
     steps_of: ReadInt[1],
     dx: Write[3],
     dinitial: Write[3],
-    dweights: WriteDouble[3],
+    parts: Write[4],
     silu_on: Flag,
 ):
     """Equation: dq = dout silu'(q), dx_s = sum_k weight_k dq_(s + lag - k), dweight_k = sum_s dq_s x_(s - lag + k).
-    Threads: a task is (batch row, block of channels); tiles of time are walked backwards.
-    Owns: dx and dinitial of its channels; its own part of dweight and dbias (summed over the batch by the caller).
+    Threads: as `_forward`; tiles of time are walked backwards, with dq of the `lag` steps after a tile at hand.
+    Owns: dx of its steps and channels, dinitial if it is the first chunk, and its own part of dweight and dbias
+    (summed over batch rows and chunks by the caller).
     Saved: nothing; q is computed again.
     """
     w, lag = width(x), initial.shape[1]
-    window, dwindow = scratch((lag + TILE, w), x), scratch((lag + TILE, w), x)
-    weights, sums = scratch((lag + 2, w), x), scratch((lag + 2, w), x)
-    carry = scratch((BLOCK_VECTORS, lag, w), x)
-    long = np.empty((BLOCK_VECTORS, lag + 2, w), np.float64)
+    window, dq = scratch((lag + TILE + lag, w), x), scratch((TILE + lag, w), x)
+    weights, sums = scratch((lag + 2, w), x), scratch((BLOCK_VECTORS, lag + 2, w), x)
+    after = scratch((BLOCK_VECTORS, lag, w), x)
     for task in range(start, stop):
-        b, block = task // blocks.shape[0], task % blocks.shape[0]
-        d0, d1 = blocks[block, 0], blocks[block, 1]
-        row = b % order.shape[0]
-        long[:] = 0.0
-        carry[:] = 0.0
-        for v in range((d1 - d0 + w - 1) // w):
-            for k in range(first_tap[row, steps_of[row]], lag):
-                store(carry, (v, k, 0), load(dlast, (b, k, d0 + v * w), d1 - d0 - v * w))
-        tiles = (steps_of[row] + TILE - 1) // TILE
+        b, row, s0, s1, d0, d1 = _place(task, blocks, steps_of, x.shape[1])
+        total, vectors = steps_of[row], (d1 - d0 + w - 1) // w
+        sums[:] = 0.0
+        span = (s1, max(min(lag, total - s1), 0))
+        for v in range(vectors):
+            place = (b, row, d0 + v * w, d1 - d0 - v * w)
+            stage(x, weight, bias, initial, order, place, span, weights, window)
+            load_cotangents(dout, window, weights, first_tap, order, place, span, silu_on, after[v])
+        tiles = (s1 - s0 + TILE - 1) // TILE
         for tile in range(tiles):
-            t0 = (tiles - 1 - tile) * TILE
-            steps = min(TILE, steps_of[row] - t0)
-            for v in range((d1 - d0 + w - 1) // w):
-                d = d0 + v * w
-                count = d1 - d
-                _load_weights(weight, bias, d, count, weights)
-                _stage(x, initial, order, b, d, row, t0, steps, count, window)
-                dwindow[:steps] = 0.0
-                dwindow[steps : steps + lag] = carry[v]
-                sums[:] = 0.0
-                for j in range(steps):
-                    i = steps - 1 - j
-                    t, first = order[row, t0 + i], first_tap[row, t0 + i]
-                    dq = load(dout, (b, t, d), count)
-                    if silu_on:
-                        dq = dq * silu_derivative(_weighted_sum(weights, window, i, first))
-                    _spread(dq, weights, window, i, first, dwindow, sums)
-                    store(dx, (b, t, d), load(dwindow, (i + lag, 0)), count)
-                carry[v] = dwindow[:lag]
-                for k in range(lag + 2):
-                    for lane in range(w):
-                        long[v, k, lane] += sums[k, lane]
-        for v in range((d1 - d0 + w - 1) // w):
-            d, count = d0 + v * w, d1 - d0 - v * w
-            for k in range(lag):
-                store(dinitial, (b, k, d), load(carry, (v, k, 0)), count)
+            t0 = s0 + (tiles - 1 - tile) * TILE
+            span = (t0, min(TILE, s1 - t0))
+            fast = lag == 3 and t0 + span[1] + lag <= total and is_plain(first_tap, row, t0, t0 + span[1] + lag)
+            for v in range(vectors):
+                place = (b, row, d0 + v * w, d1 - d0 - v * w)
+                stage(x, weight, bias, initial, order, place, span, weights, window)
+                for k in range(lag):
+                    store(dq, (span[1] + k, 0), load(after, (v, k, 0)))
+                if fast:
+                    load_cotangents_4(dout, window, weights, order, place, span, silu_on, dq, sums[v])
+                    store_input_gradients_4(dq, weights, order, place, span, dx)
+                else:
+                    load_cotangents(dout, window, weights, first_tap, order, place, span, silu_on, dq)
+                    add_weight_gradients(dq, window, first_tap, place, span, sums[v])
+                    store_input_gradients(dq, weights, dlast, first_tap, order, place, span, total, dx)
+                for k in range(lag):
+                    store(after, (v, k, 0), load(dq, (k, 0)))
+        for v in range(vectors):
+            place = (b, row, d0 + v * w, d1 - d0 - v * w)
             for k in range(lag + 2):
-                for lane in range(min(w, count)):
-                    dweights[b, k, d + lane] = long[v, k, lane]
-
-
-@inner
-def _spread(dq, weights, window, i, first_tap, dwindow, sums):
-    """Add what step i of the tile gives to the gradients of its taps, of the weights and of the bias."""
-    taps = weights.shape[0] - 1
-    for k in range(first_tap, taps):
-        store(dwindow, (i + k, 0), fma(load(weights, (k, 0)), dq, load(dwindow, (i + k, 0))))
-        store(sums, (k, 0), fma(dq, load(window, (i + k, 0)), load(sums, (k, 0))))
-    store(sums, (taps, 0), load(sums, (taps, 0)) + dq)
+                store(parts, (b, s0 // CHUNK, k, place[2]), load(sums, (v, k, 0)), place[3])
+            if s0 == 0:
+                stage(x, weight, bias, initial, order, place, (0, 0), weights, window)
+                for k in range(lag):
+                    gradient = input_gradient(after[v], weights, dlast, first_tap, place, 0, k - lag, total)
+                    store(dinitial, (b, k, place[2]), gradient, place[3])
 
 
 # --- one step ---
@@ -298,11 +274,11 @@ def forward(
     state = _state(initial_state, (batch, dim, lag), dtype)
     prepared = (rows(x, dtype), _per_channel(weight, dim, dtype), _per_channel(bias, dim, dtype), state)
     order = schedule(seqlen, seq_idx, reverse)
-    blocks = channel_blocks(dim, 1, LANES[dtype] * BLOCK_VECTORS)
+    blocks, chunks = channel_blocks(dim, 1, LANES[dtype] * BLOCK_VECTORS), max(-(-seqlen // CHUNK), 1)
     walk = (blocks, order.order, _first_taps(order, lag), order.steps)
     out, last = _fresh_output(x, dtype, order.steps), empty((batch, lag, dim), dtype)
     silu_on = activation == "silu"
-    launch(_forward, dtype, batch * len(blocks), *prepared, *walk, out, last, silu_on, work=x.size)
+    launch(_forward, dtype, batch * chunks * len(blocks), *prepared, *walk, out, last, silu_on, work=x.size)
     y, last = in_order_of(out, x), np.ascontiguousarray(last.swapaxes(1, 2))
     return y, last, Saved((x, weight, bias, initial_state), prepared, walk, silu_on) if save else None
 
@@ -314,10 +290,10 @@ def backward(dout: np.ndarray | None, dlast_state: np.ndarray | None, saved: Sav
     cotangent = np.zeros((batch, seqlen, dim), dtype) if dout is None else rows(dout, dtype)
     dlast = _state(dlast_state, (batch, dim, taps - 1), dtype)
     dx, dinitial = _fresh_output(x, dtype, saved.walk[-1]), empty((batch, taps - 1, dim), dtype)
-    dweights = empty((batch, taps + 1, dim), np.float64)
-    arguments = (cotangent, *saved.prepared, dlast, *saved.walk, dx, dinitial, dweights, saved.silu_on)
-    launch(_backward, dtype, batch * len(saved.walk[0]), *arguments, work=x.size)
-    dweights = dweights.sum(axis=0)
+    parts = empty((batch, max(-(-seqlen // CHUNK), 1), taps + 1, dim), dtype)
+    arguments = (cotangent, *saved.prepared, dlast, *saved.walk, dx, dinitial, parts, saved.silu_on)
+    launch(_backward, dtype, batch * parts.shape[1] * len(saved.walk[0]), *arguments, work=x.size)
+    dweights = parts.sum(axis=(0, 1), dtype=np.float64)
     return (
         in_order_of(dx, x),
         np.ascontiguousarray(dweights[:taps].T, weight.dtype.newbyteorder("=")),
