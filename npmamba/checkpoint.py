@@ -19,7 +19,7 @@ import numpy as np
 from npmamba.config import MambaConfig
 from npmamba.files import atomic_write, load_json, save_json_atomic
 from npmamba.shapes import FLOATS, HALF
-from npmamba.tensorfile import TensorFile, load_tensors, on_host, save_tensors, write_tensors
+from npmamba.tensorfile import TensorFile, encode, load_tensors, on_host, save_tensors
 from npmamba.training_state import TrainingState, has_training, load_params, load_training, save_training
 
 __all__ = [
@@ -83,6 +83,7 @@ def save_model(
     """
     _check(f"save_model: {folder}", config, {name: np.shape(array) for name, array in params.items()})
     tensors = {name: _cast(name, on_host(array), dtype) for name, array in params.items()}
+    content = encode(tensors, {"format": "pt"})
     stored = tensors[_EMBEDDING].dtype.name
     os.makedirs(folder, exist_ok=True)
     # Both are written before either gets its name, so they part only if the machine dies between two renames.
@@ -90,7 +91,7 @@ def save_model(
         write_config = files.enter_context(atomic_write(Path(folder) / "config.json"))
         write_weights = files.enter_context(atomic_write(Path(folder) / "model.safetensors"))
         write_config(config.to_json(stored).encode())
-        write_tensors(write_weights, tensors, {"format": "pt"})
+        write_weights(content)
 
 
 def load_model(
@@ -140,7 +141,7 @@ def load_model(
     config = load_config(folder)
     with ExitStack() as stack:
         found = _find(stack.enter_context(TensorFile(path)) for path in _weight_files(Path(folder)))
-        shapes = {key: file.entries[name].shape for key, (file, name) in found.items()}
+        shapes = {key: file.shapes[name] for key, (file, name) in found.items()}
         _check(str(folder), config, shapes, (_HEAD,) if config.tie_embeddings else ())
         if _HEAD in found and config.tie_embeddings:
             _check_tied(str(folder), found)
@@ -184,7 +185,7 @@ def _find(files: Iterable[TensorFile]) -> dict[str, tuple[TensorFile, str]]:
     """Say for each key, in our spelling, which file holds it under which name."""
     found: dict[str, tuple[TensorFile, str]] = {}
     for file in files:
-        for name in file.entries:
+        for name in file.shapes:
             key = _EMBEDDING if name == "backbone.embedding.weight" else name
             if key in found:
                 raise ValueError(
@@ -224,10 +225,10 @@ def _check_tied(where: str, found: Mapping[str, tuple[TensorFile, str]]) -> None
 
 
 def _read(key: str, file: TensorFile, name: str, dtype: Any) -> np.ndarray:
-    info = file.entries[name]
-    if info.dtype.name not in FLOATS:
-        raise ValueError(f"{file.path}: {name} has dtype {info.dtype}; expected one of {', '.join(FLOATS)}")
-    return _cast(key, file.read(name), _wanted(info.dtype, dtype))
+    array = file.read(name)
+    if array.dtype.name not in FLOATS:
+        raise ValueError(f"{file.path}: {name} has dtype {array.dtype}; expected one of {', '.join(FLOATS)}")
+    return _cast(key, array, _wanted(array.dtype, dtype))
 
 
 def _wanted(stored: np.dtype, dtype: Any) -> Any:

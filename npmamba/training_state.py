@@ -117,8 +117,8 @@ def _read_state(folder: str | os.PathLike[str], names: tuple[str, ...]) -> Any:
             config = MambaConfig.from_dict(content["config"])
             return (content["step"], config, *(_unpack(content["trees"][name], file) for name in names))
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = f"it is no training checkpoint: {type(error).__name__}: {error}"
-            raise file.damaged(why) from None
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file.path}: no training checkpoint: {why}") from None
 
 
 def _pack(tree: Any, place: str, tensors: dict[str, Any]) -> Any:

@@ -1,10 +1,8 @@
-"""Files that are whole or absent, safetensors against the safetensors package, models and training runs."""
+"""Files that are whole or absent, safetensors files, models and training runs."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import signal
@@ -20,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +33,7 @@ from npmamba.checkpoint import (
 from npmamba.config import MambaConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = list(tensorfile._DTYPES.values())
+DTYPES = [np.dtype(name) for name in tensorfile.DTYPES]
 CONFIG = MambaConfig(vocab_size=11, d_model=8, n_layer=2, pad_vocab_size_multiple=4, discretization="zoh")
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -82,9 +79,11 @@ def test_arrays_survive_saving_and_equal_arrays_make_equal_bytes(tensors: dict[s
     tensors = {name.encode("utf-8", "replace").decode(): array for name, array in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         a, b = Path(folder) / "a", Path(folder) / "b"
-        save_tensors(a, tensors, {"z": "1", "a": "2"})
+        save_tensors(a, tensors, {"note": "é"})
         loaded = load_tensors(a)
-        save_tensors(b, dict(reversed(loaded.items())), {"a": "2", "z": "1"})
+        with tensorfile.TensorFile(a) as file:
+            assert file.metadata == {"note": "é"}
+        save_tensors(b, dict(reversed(loaded.items())), {"note": "é"})
         assert a.read_bytes() == b.read_bytes()
         assert sorted(os.listdir(folder)) == ["a", "b"]
     assert list(loaded) == sorted(tensors)
@@ -95,26 +94,11 @@ def test_arrays_survive_saving_and_equal_arrays_make_equal_bytes(tensors: dict[s
         assert loaded[name].flags.writeable
 
 
-@given(st.dictionaries(st.sampled_from("abcdef"), arrays(), max_size=4))
-def test_the_safetensors_package_reads_ours_and_we_read_its(tensors: dict[str, np.ndarray]) -> None:
-    tensors = {name: np.array(x, x.dtype.newbyteorder("="), order="C") for name, x in tensors.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
-        save_tensors(ours, tensors)
-        safetensors.numpy.save_file(tensors, theirs)
-        for found in (safetensors.numpy.load_file(ours), load_tensors(theirs)):
-            assert found.keys() == tensors.keys()
-            assert all(same_bits(found[name], tensors[name]) for name in tensors)
-
-
 @given(SEEDS)
-def test_a_mutated_file_is_refused_or_accepted_by_the_safetensors_package_too(seed: int) -> None:
+def test_a_mutated_file_loads_or_is_refused_by_name(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    text = io.BytesIO()
-    tensorfile.write_tensors(
-        text.write, {"a": np.arange(6, dtype=np.float32), "b": np.ones(3, np.uint8)}, {"k": "v"}
-    )
-    data = bytearray(text.getvalue())
+    tensors = {"a": np.arange(6, dtype=np.float32), "b": np.ones(3, np.uint8)}
+    data = bytearray(tensorfile.encode(tensors, {"k": "v"}))
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(0, min(len(data), 150)))
         match rng.integers(4):
@@ -127,58 +111,30 @@ def test_a_mutated_file_is_refused_or_accepted_by_the_safetensors_package_too(se
             case _:
                 data[at:at] = data[at : at + int(rng.integers(1, 9))]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x"
+        path = Path(folder) / "weights"
         path.write_bytes(data)
+        message = str(path)
         try:
-            safetensors.deserialize(bytes(data))
-        except safetensors.SafetensorError:
-            with pytest.raises(ValueError, match="not a complete safetensors file: "):
-                load_tensors(path)
-        else:
-            with contextlib.suppress(ValueError):  # we may be stricter, but fail in no other way
-                load_tensors(path)
+            load_tensors(path)
+        except ValueError as error:  # and nothing else
+            message = str(error)
+        assert str(path) in message
 
 
-def file_of(header: Any, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def tensor(begin: Any = 0, end: Any = 4, shape: Any = (1,), dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def file_of(dtype: str, *shape: int, size: int = 4) -> bytes:
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + b"1234"[:size]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes do not hold"),
-        (b"\x05", "1 bytes do not hold"),
-        (b"\xff" * 8 + b"{}", "do not hold the header"),
+        (b"", "not a complete safetensors file"),
         (b"PK\x03\x04abcdefgh", "PyTorch"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (file_of(b"[]"), "not an object"),
-        (file_of(b" {}"), "not an object"),
-        (file_of(b"\xff\xfe"), "no JSON"),
-        (file_of(b"[" * 200_000), "no JSON"),
-        (file_of(b'{"a": ' + b"9" * 5000 + b"}"), "no JSON"),
-        (file_of(b'{"a":{"dtype":"F32"},"a":{"dtype":"F32"}}'), "'a' stands twice"),
-        (file_of({"__metadata__": {"a": 1}}), "metadata"),
-        (file_of({"a": 5}), "needs a dtype"),
-        (file_of({"a": {"dtype": "F32", "shape": [1]}}, b"1234"), "needs a dtype"),
-        (file_of({"a": tensor(dtype="F8_E4M3")}, b"1234"), "dtype 'F8_E4M3'"),
-        (file_of({"a": tensor(dtype=["F32"])}, b"1234"), "has dtype"),
-        (file_of({"a": tensor(shape=[-1])}, b"1234"), "has shape"),
-        (file_of({"a": tensor(shape=[1.0])}, b"1234"), "has shape"),
-        (file_of({"a": tensor(shape=[True])}, b"1234"), "has shape"),
-        (file_of({"a": tensor(shape=[2])}, b"1234"), "does not fill bytes 0 to 4"),
-        (file_of({"a": tensor(shape=[2**62, 2**62])}, b"1234"), "does not fill"),
-        (file_of({"a": tensor(0, 0, [0, 2**62, 2**62])}), "has shape"),
-        (file_of({"a": tensor(4, 0)}, b"1234"), "does not fill"),
-        (file_of({"a": tensor(), "b": tensor(0, 4)}, b"1234"), "begins at byte"),
-        (file_of({"a": tensor(4, 8)}, b"12345678"), "begins at byte"),
-        (file_of({"a": tensor()}, b"12345678"), "end at byte"),
-        (file_of({"a": tensor()}, b"123"), "end at byte"),
-        (file_of({"a": tensor(0, 1, dtype="BOOL")}, b"\x07"), "bytes other than 0 and 1"),
+        (file_of("F32", 2), "not a complete safetensors file"),
+        (file_of("F8_E4M3", 4), "tensor 'a' cannot be read: .*float8_e4m3"),
+        (file_of("F32", 0, 2**62, 2**62, size=0), "tensor 'a' cannot be read"),
     ],
 )
 def test_damaged_and_foreign_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -202,7 +158,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_file_or_no_array_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "absent")
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(OSError, match=str(tmp_path)):
         load_tensors(tmp_path)
     for value, message in [([1.0], "w must be an array, got list"), (np.array(["x"]), "w has dtype <U1")]:
         with pytest.raises(TypeError, match=message):
@@ -218,7 +174,8 @@ def test_an_open_file_keeps_its_content_when_a_new_one_takes_its_name(tmp_path: 
     save_tensors(tmp_path / "x", {"a": np.zeros(3)})
     with tensorfile.TensorFile(tmp_path / "x") as file:
         save_tensors(tmp_path / "x", {"a": np.ones(1000)})
-        assert file.read("a").tolist() == [0.0] * 3
+        array = file.read("a")
+    assert array.tolist() == [0.0] * 3
 
 
 class FakeDisk:
@@ -407,7 +364,7 @@ def test_saving_a_loaded_model_again_gives_the_same_bytes(tmp_path: Path, dtype:
 def test_half_precision_becomes_float32_unless_asked_otherwise(
     tmp_path: Path, stored: str, loaded: str
 ) -> None:
-    params = params_of(CONFIG, tensorfile._DTYPES["BF16"] if stored == "bfloat16" else stored)
+    params = params_of(CONFIG, np.dtype(stored))
     save_model(tmp_path, CONFIG, params)
     found = load_model(tmp_path)[1]
     assert {array.dtype.name for array in found.values()} == {loaded}

@@ -96,7 +96,7 @@ def test_links_that_came_out_as_text_files_still_lead_there(tmp_path):
 def test_the_core_needs_no_more_than_it_says():
     """Five packages, as the README promises; everything else is an extra."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    core = ["ml_dtypes", "numba>=0.61", "numpy>=2.0", "safetensors", "scipy"]
+    core = ["ml_dtypes", "numba>=0.61", "numpy>=2.0", "safetensors>=0.7", "scipy"]
     assert sorted(project["dependencies"]) == core
     for name, extra in project["optional-dependencies"].items():
         heavy = [need for need in extra if need.startswith(("torch", "jax", "tensorflow"))]
