@@ -15,22 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cpu.runtime import (
-    Flag,
-    Int,
-    Kernel,
-    Read,
-    ReadInt,
-    Write,
-    WriteDouble,
-    empty,
-    in_order_of,
-    launch,
-    native,
-    rows,
-    rows_like,
-    scratch,
-)
+from npmamba.cpu.layout import in_order_of, native, rows, rows_like
+from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Write, WriteDouble, empty, launch, scratch
 from npmamba.cpu.scan_tile import (
     SLOTS,
     TILE,
