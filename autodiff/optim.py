@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.autodiff.tree import tree_items, tree_map, tree_map_path
-from npmamba.backend import array_module
+from npmamba.backend import array_module, twin
 from npmamba.shapes import compute_dtype
-
-BLOCK = 16384  # entries taken at a time on the CPU: a block's arrays stay in the cache between the steps
 
 Schedule = Callable[[int], float]
 
@@ -116,36 +114,27 @@ def _adamw_array(
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """Return the new param, m and v of one array, C-contiguous; `step` counts this update, so it starts at 1.
 
-    Goes block by block with one scratch array, so that intermediates stay in the cache. Where blocks end
-    changes no bit: each entry goes through the same operations.
+    NumPy arrays go through one kernel that reads every number once, others through the equations as they stand.
     """
     xp = array_module("adamw", param=param, grad=grad, m=m, v=v)
-    new = tuple(xp.empty(x.shape, x.dtype) for x in (param, m, v))
-    flat = [xp.ascontiguousarray(x).reshape(-1) for x in (param, grad, m, v)] + [x.reshape(-1) for x in new]
-    size = BLOCK if xp is np else max(param.size, 1)
-    scratch = xp.empty(min(size, param.size), m.dtype)
-    (b1, b2), root = betas, math.sqrt(1 - betas[1] ** step)
-    for start in range(0, param.size, size):
-        p, g, m, v, new_p, new_m, new_v = (x[start : start + size] for x in flat)
-        t, g = scratch[: p.size], g.astype(m.dtype, copy=False)
-        xp.multiply(m, b1, out=new_m)
-        xp.multiply(g, 1 - b1, out=t)
-        xp.add(new_m, t, out=new_m)
-        xp.multiply(v, b2, out=new_v)
-        xp.multiply(g, g, out=t)
-        xp.multiply(t, 1 - b2, out=t)
-        xp.add(new_v, t, out=new_v)
-        xp.sqrt(new_v, out=t)
-        xp.divide(t, root, out=t)
-        xp.add(t, eps, out=t)
-        xp.divide(new_m, t, out=t)
-        xp.multiply(t, lr / (1 - b1**step), out=t)
-        if p.dtype == t.dtype:
-            xp.multiply(p, 1 - lr * weight_decay, out=new_p)
-            xp.subtract(new_p, t, out=new_p)
-        else:
-            new_p[...] = p.astype(t.dtype) * (1 - lr * weight_decay) - t
-    return new
+    b1, b2 = betas
+    if xp is np:
+        options = {"lr": lr, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay}
+        return twin("optimizer_update", param).adamw_update(param, grad, m, v, step=step, **options)
+    return _adamw_by_array_operations(xp, param, grad, m, v, step, lr, b1, b2, eps, weight_decay)
+
+
+def _adamw_by_array_operations(
+    xp: Any, param: Any, grad: Any, m: Any, v: Any, step: int,
+    lr: float, b1: float, b2: float, eps: float, weight_decay: float,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    p, g, m, v = (xp.ascontiguousarray(x).reshape(param.shape) for x in (param, grad, m, v))
+    p, g = p.astype(m.dtype, copy=False), g.astype(m.dtype, copy=False)
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * (g * g)
+    scale = xp.sqrt(v) / math.sqrt(1 - b2**step) + eps
+    new = (1 - lr * weight_decay) * p - lr / (1 - b1**step) * (m / scale)
+    return new.astype(param.dtype, copy=False), m, v
 
 
 def sgd(learning_rate: float | Schedule, momentum: float = 0.0) -> Optimizer:
@@ -244,10 +233,10 @@ def global_norm(tree: Any) -> float:
 
 
 def _sum_of_squares(x: Any) -> float:
-    """Sum block by block in float64: the same bits whatever the threads, and no float64 copy of the array."""
-    flat, size = x.reshape(-1), BLOCK if isinstance(x, np.ndarray) else max(x.size, 1)
-    blocks = (flat[start : start + size].astype(np.float64) for start in range(0, x.size, size))
-    return math.fsum(float(np.multiply(block, block, out=block).sum()) for block in blocks)
+    """Sum in float64, in an order that does not depend on the threads."""
+    if isinstance(x, np.ndarray):
+        return twin("optimizer_update", x).sum_of_squares(x)
+    return float((x.astype(np.float64) ** 2).sum())
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:

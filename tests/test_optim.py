@@ -113,18 +113,16 @@ def test_parameters_keep_their_dtype_and_short_ones_have_a_float32_state(optimiz
         assert type(state.step) is int
 
 
-@given(n=st.integers(1, 40), block=st.integers(1, 16), seed=seeds)
-def test_where_blocks_end_changes_no_bit(n, block, seed):
-    rng = np.random.default_rng(seed)
-    p, g, m, v = rng.standard_normal((4, n)).astype(np.float32)
-    arguments = p, g, m, v * v, 3, 1e-2, (0.9, 0.95), 1e-8, 0.1
-    whole = optim._adamw_array(*arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "BLOCK", block)
-        parts = optim._adamw_array(*arguments)
-        norm = global_norm(p)
-    assert all(x.tobytes() == y.tobytes() for x, y in zip(whole, parts, strict=True))
-    assert norm == pytest.approx(global_norm(p), rel=1e-14)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
+@given(n=st.integers(0, 40), step=st.integers(1, 1000), seed=seeds)
+def test_the_kernel_and_the_array_operations_are_one_update(dtype, tolerance, n, step, seed):
+    p, g, m, v = np.random.default_rng(seed).standard_normal((4, n)).astype(dtype)
+    options = 1e-2, 0.9, 0.95, 1e-8, 0.1
+    plain = optim._adamw_by_array_operations(np, p, g, m, v * v, step, *options)
+    kernel = optim._adamw_array(p, g, m, v * v, step, options[0], options[1:3], *options[3:])
+    for x, y in zip(kernel, plain, strict=True):
+        assert x.dtype == y.dtype == dtype
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 def test_memory_order_of_the_gradient_changes_no_bit():
