@@ -117,6 +117,16 @@ def _check(op: str, logits: Any, labels: Any, ignore_index: Any) -> None:
         if x is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got None")
     array_module(op, logits=logits, labels=labels)
+    _check_shapes(op, logits, labels)
+    check = Arguments(op)
+    check.dtype("logits", logits)
+    check.integers("labels", labels)
+    if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
+        raise TypeError(f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
+    _check_range(op, labels, logits.shape[-1], int(ignore_index))
+
+
+def _check_shapes(op: str, logits: Any, labels: Any) -> None:
     if logits.ndim == 0:
         raise ValueError(f"{op}: logits has 0 axes; logits must be (..., vocab), got shape ()")
     if logits.shape[-1] == 0:
@@ -124,14 +134,8 @@ def _check(op: str, logits: Any, labels: Any, ignore_index: Any) -> None:
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: labels has shape {labels.shape}, but logits has shape {logits.shape}; "
-            f"labels must be (...) where logits is (..., vocab)"
+            "labels must be (...) where logits is (..., vocab)"
         )
-    check = Arguments(op)
-    check.dtype("logits", logits)
-    check.integers("labels", labels)
-    if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
-        raise TypeError(f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
-    _check_range(op, labels, logits.shape[-1], int(ignore_index))
 
 
 def _check_range(op: str, labels: Any, vocab: int, ignore_index: int) -> None:

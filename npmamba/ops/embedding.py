@@ -78,18 +78,7 @@ def embedding_backward(dout: Any, input_ids: Any, vocab_size: int) -> Any:
            [6., 8.],
            [0., 0.]])
     """
-    op = "embedding_backward"
-    _check_arrays(op, dout=dout, input_ids=input_ids)
-    if not isinstance(vocab_size, int | np.integer) or isinstance(vocab_size, bool):
-        raise TypeError(f"{op}: vocab_size must be an integer, got {type(vocab_size).__name__}")
-    if vocab_size < 1:
-        raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}")
-    if dout.ndim == 0 or dout.shape[:-1] != input_ids.shape:
-        raise ValueError(
-            f"{op}: dout has shape {dout.shape}, but input_ids has shape {input_ids.shape}; "
-            "dout must be (..., d_model) where input_ids is (...)"
-        )
-    _check_values(op, "dout", dout, input_ids, int(vocab_size))
+    _check_gradient("embedding_backward", dout, input_ids, vocab_size)
     kernels = twin("embedding", dout)
     return kernels.backward(dout, kernels.Saved(input_ids, int(vocab_size)))[0]
 
@@ -115,6 +104,20 @@ def _check_arrays(op: str, **arrays: Any) -> None:
         if x is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got None")
     array_module(op, **arrays)
+
+
+def _check_gradient(op: str, dout: Any, input_ids: Any, vocab_size: Any) -> None:
+    _check_arrays(op, dout=dout, input_ids=input_ids)
+    if not isinstance(vocab_size, int | np.integer) or isinstance(vocab_size, bool):
+        raise TypeError(f"{op}: vocab_size must be an integer, got {type(vocab_size).__name__}")
+    if vocab_size < 1:
+        raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}")
+    if dout.ndim == 0 or dout.shape[:-1] != input_ids.shape:
+        raise ValueError(
+            f"{op}: dout has shape {dout.shape}, but input_ids has shape {input_ids.shape}; "
+            "dout must be (..., d_model) where input_ids is (...)"
+        )
+    _check_values(op, "dout", dout, input_ids, int(vocab_size))
 
 
 def _check_values(op: str, name: str, x: Any, input_ids: Any, vocab_size: int) -> None:

@@ -119,31 +119,38 @@ def _rms_norm_vjp(dout: Any, saved: Any) -> Any:
 
 
 def _check(op: str, x: Any, weight: Any, residual: Any, eps: Any, **gradients: Any) -> None:
-    likes = {"residual": residual, **gradients}
     required = {"dout": gradients["dout"]} if gradients else {}
     for name, array in {**required, "x": x, "weight": weight}.items():
         if array is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got None")
+    likes = {"residual": residual, **gradients}
     array_module(op, x=x, weight=weight, **likes)
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x has 0 axes; x must be (..., d_model), got shape ()")
-    if x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has d_model=0; d_model must be at least 1")
+    _check_shapes(op, x, weight, likes)
     check = Arguments(op)
-    if weight.shape != x.shape[-1:]:
-        came = f"d_model={weight.shape[0]}" if weight.ndim == 1 else f"{weight.ndim} axes"
-        raise ValueError(
-            f"{op}: weight has {came}, but x has d_model={x.shape[-1]}; "
-            f"weight must be (d_model,), got shape {weight.shape}"
-        )
     dtype = check.dtype("x", x)
     check.dtype("weight", weight, compute_dtype(dtype), like=f"x is {dtype.name}")
     for name, array in likes.items():
-        if array is None:
-            continue
-        if array.shape != x.shape:
+        if array is not None:
+            check.dtype(name, array, dtype, like=f"x is {dtype.name}")
+    _check_eps(op, eps)
+
+
+def _check_shapes(op: str, x: Any, weight: Any, likes: dict[str, Any]) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x has 0 axes; x must be (..., d_model), got shape ()")
+    d_model = x.shape[-1]
+    if d_model == 0:
+        raise ValueError(f"{op}: x has d_model=0; d_model must be at least 1")
+    if weight.shape != (d_model,):
+        came = f"d_model={weight.shape[0]}" if weight.ndim == 1 else f"{weight.ndim} axes"
+        expected = f"weight must be (d_model,), got shape {weight.shape}"
+        raise ValueError(f"{op}: weight has {came}, but x has d_model={d_model}; {expected}")
+    for name, array in likes.items():
+        if array is not None and array.shape != x.shape:
             raise ValueError(f"{op}: {name} has shape {array.shape}, but x has shape {x.shape}; they must be equal")
-        check.dtype(name, array, dtype, like=f"x is {dtype.name}")
+
+
+def _check_eps(op: str, eps: Any) -> None:
     if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
