@@ -91,7 +91,7 @@ class Kernel:
         return self._compiled[dtype]
 
     def _compile(self, dtype: np.dtype) -> Callable[..., None]:
-        dispatcher = njit(nogil=True, error_model="numpy")(self.function)
+        dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(self.function)
         if self.name.startswith("npmamba."):  # the cache knows when our sources change, not when others do
             dispatcher._cache = KernelCache(self.function, self.name)
         dispatcher.compile(self.signature(dtype))
