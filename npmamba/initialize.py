@@ -49,7 +49,7 @@ def init_params(config: MambaConfig, *, seed: int = 0, dtype: Any = np.float32) 
 
     Projections are uniform in :math:`\pm 1/\sqrt{\text{inputs}}`, ``out_proj`` divided by the root of the number of
     layers; ``A_log = log(1 .. d_state)`` on every channel; D and the norms are 1; ``softplus(dt_proj.bias)`` is
-    log-uniform in [dt_min, dt_max]; embeddings are normal.
+    log-uniform in [dt_min, dt_max]; embeddings, and a head that is not tied to them, are normal.
 
     Parameters
     ----------
@@ -88,5 +88,5 @@ def init_params(config: MambaConfig, *, seed: int = 0, dtype: Any = np.float32) 
     params = {}
     for key, shape in config.parameter_shapes().items():
         rng = np.random.default_rng([seed, *key.encode()])
-        params[key] = np.array(_initial(rng, key, shape, config), dtype)
+        params[key] = np.array(_initial(rng, key, shape, config), dtype, order="C")
     return params
