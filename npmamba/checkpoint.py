@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from npmamba.config import MambaConfig
@@ -94,9 +93,7 @@ def save_model(
         write_weights(content)
 
 
-def load_model(
-    folder: str | os.PathLike[str], dtype: Any = None
-) -> tuple[MambaConfig, dict[str, np.ndarray]]:
+def load_model(folder: str | os.PathLike[str], dtype: Any = None) -> tuple[MambaConfig, dict[str, np.ndarray]]:
     """Read a model: one that `save_model` or transformers wrote, a converted original, or a training run.
 
     Keys and shapes are checked before any weight is read. The original spelling ``backbone.embedding.weight``
@@ -188,16 +185,12 @@ def _find(files: Iterable[TensorFile]) -> dict[str, tuple[TensorFile, str]]:
         for name in file.shapes:
             key = _EMBEDDING if name == "backbone.embedding.weight" else name
             if key in found:
-                raise ValueError(
-                    f"{file.path}: {name} stands in {found[key][0].path} too, as {found[key][1]}"
-                )
+                raise ValueError(f"{file.path}: {name} stands in {found[key][0].path} too, as {found[key][1]}")
             found[key] = (file, name)
     return found
 
 
-def _check(
-    where: str, config: MambaConfig, shapes: Mapping[str, tuple[int, ...]], tied: tuple[str, ...] = ()
-) -> None:
+def _check(where: str, config: MambaConfig, shapes: Mapping[str, tuple[int, ...]], tied: tuple[str, ...] = ()) -> None:
     """Raise one ValueError that lists every missing, unexpected and misshapen parameter."""
     expected = config.parameter_shapes()
     missing = [key for key in expected if key not in shapes]
@@ -250,8 +243,6 @@ def _cast(key: str, array: Any, dtype: Any) -> Any:
 
 
 def _float_dtype(dtype: Any) -> np.dtype:
-    if isinstance(dtype, str) and dtype == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
     try:
         wanted = np.dtype(dtype)
     except TypeError:

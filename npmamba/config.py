@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from npmamba import config_names
-from npmamba.config_names import check_options, wrong
+from npmamba.config_names import TOKENS, check_options, wrong
 
 # 400 GB in float32: more is a slip of the pen or a hostile file, not a model.
 MAX_PARAMETERS = 10**11
@@ -27,19 +27,17 @@ _INTEGERS = {
     "d_conv": (1, 256),
     "pad_vocab_size_multiple": (1, 2**20),
 }
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+_Range = tuple[Callable[[float], bool], str]
+_POSITIVE: _Range = (lambda x: x > 0, "a number above 0")
+_NOT_NEGATIVE: _Range = (lambda x: x >= 0, "a number that is at least 0")
+_NUMBERS: dict[str, _Range] = {
     "expand": (lambda x: 0 < x <= 1024, "a number above 0 and at most 1024"),
-    "dt_min": (lambda x: x > 0, "a number above 0"),
-    "dt_max": (lambda x: x > 0, "a number above 0"),
-    "dt_scale": (lambda x: x > 0, "a number above 0"),
-    "dt_init_floor": (lambda x: x > 0, "a number above 0"),
-    "norm_eps": (lambda x: x >= 0, "a number that is at least 0"),
+    **dict.fromkeys(("dt_min", "dt_max", "dt_scale", "dt_init_floor"), _POSITIVE),
+    **dict.fromkeys(("norm_eps", "initializer_range"), _NOT_NEGATIVE),
     "dropout": (lambda x: 0 <= x < 1, "a number from 0 up to, not including, 1"),
-    "initializer_range": (lambda x: x >= 0, "a number that is at least 0"),
 }
 _FLAGS = ("conv_bias", "bias", "tie_embeddings", "residual_in_fp32", "rescale_prenorm_residual")
 _CHOICES = {"dt_init": ("random", "constant"), "discretization": ("euler", "zoh")}
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class MambaConfig:
             raise wrong(ValueError, "dt_min", self.dt_min, f"at most dt_max={self.dt_max}")
         if self.d_inner < 1:
             raise wrong(ValueError, "expand", self.expand, f"at least 1 / d_model = 1 / {self.d_model}")
-        for name in _TOKENS:
+        for name in TOKENS:
             if getattr(self, name) is not None:
                 self._put(name, _integer(name, getattr(self, name), 0, self.padded_vocab_size - 1))
         if self.parameter_count() > MAX_PARAMETERS:
@@ -202,11 +200,6 @@ class MambaConfig:
         }
         return {name: shape for name, shape in shapes.items() if shape is not None}
 
-    def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
-        table = (self.padded_vocab_size, self.d_model)
-        head = {} if self.tie_embeddings else {"lm_head.weight": table}
-        return {"backbone.embeddings.weight": table, "backbone.norm_f.weight": (self.d_model,), **head}
-
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every parameter's shape by its checkpoint key, in the order of the forward pass.
 
@@ -218,17 +211,16 @@ class MambaConfig:
         >>> shapes["backbone.embeddings.weight"], shapes["backbone.layers.0.mixer.conv1d.weight"]
         ((65, 32), (64, 1, 4))
         """
-        outer = self._outer_shapes()
-        shapes = {"backbone.embeddings.weight": outer.pop("backbone.embeddings.weight")}
-        layer = self.layer_shapes()
+        table, layer = (self.padded_vocab_size, self.d_model), self.layer_shapes()
+        shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": table}
         for i in range(self.n_layer):
             shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
-        return shapes | outer
+        shapes["backbone.norm_f.weight"] = (self.d_model,)
+        return shapes if self.tie_embeddings else shapes | {"lm_head.weight": table}
 
     def parameter_count(self) -> int:
         """Return the number of parameters; tied embeddings count once."""
-        outer = sum(math.prod(shape) for shape in self._outer_shapes().values())
-        return outer + self.n_layer * sum(math.prod(shape) for shape in self.layer_shapes().values())
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MambaConfig:

@@ -10,8 +10,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SAME = ("expand", "initializer_range", "residual_in_fp32", "rescale_prenorm_residual", *_TOKENS)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAME = ("expand", "initializer_range", "residual_in_fp32", "rescale_prenorm_residual", *TOKENS)
 
 # vocab_size is apart, because Hugging Face counts the padding rows.
 HUGGING_FACE = {
@@ -37,11 +37,12 @@ _HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "bias": True,
     "initializer_range": 0.1,
     "rescale_prenorm_residual": False,
-    **dict.fromkeys(_TOKENS, 0),
+    **dict.fromkeys(TOKENS, 0),
 }
 _ORIGINAL_DEFAULTS = {"vocab_size": 50277, "d_model": 2560, "n_layer": 64, "pad_vocab_size_multiple": 8}
-_SSM = ("d_state", "d_conv", "expand", "conv_bias", "bias", "dt_rank") + (
-    "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor",
+_SSM = (
+    "d_state", "d_conv", "expand", "conv_bias", "bias",
+    "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor",
 )  # fmt: skip
 _OURS = ("vocab_size", "pad_vocab_size_multiple", "discretization", "dropout")
 # What a file may say and npmamba can do.
@@ -86,11 +87,10 @@ def wrong(kind: type[Exception], name: str, value: Any, expected: str) -> Except
     return kind(f"MambaConfig: {name}={shown}; expected {expected}")
 
 
-def read(data: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def read(data: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Return the options of `MambaConfig`, whose fields are `names`, that the file content `data` means."""
     if not isinstance(data, Mapping):
         raise TypeError(f"MambaConfig: expected a dictionary of options, got {type(data).__name__}")
-    names = list(names)
     _refuse_misspelt(data, names)
     _refuse_other_models(data)
     if "model_type" in data or data.keys() & (set(HUGGING_FACE.values()) - set(_SAME)):

@@ -69,7 +69,6 @@ def read_corpus(config: TrainConfig) -> Corpus:
 
 
 def _vocabulary(kind: str, text: str) -> Vocabulary:
-    if kind == "byte":
-        return Vocabulary()
-    characters = "".join(set(text))
-    return Vocabulary(characters) if kind == "char" or len(characters) < 256 else Vocabulary()
+    characters = set(text)
+    by_character = kind == "char" or (kind != "byte" and len(characters) < 256)
+    return Vocabulary("".join(characters) if by_character else None)

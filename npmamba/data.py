@@ -14,25 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.vocabulary import Vocabulary
-
-__all__ = [
-    "Vocabulary", "batch_at", "batches", "evaluation_windows", "read_text", "stdlib_corpus",
-    "train_val_split",
-]  # fmt: skip
-
 SUFFIXES = (".txt", ".md", ".py")
 IGNORE_INDEX = -100  # what cross_entropy leaves out
-_NOT_LIBRARY = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-}
+_NOT_LIBRARY = (
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__",
+)  # fmt: skip
 
 
 def read_text(path: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES) -> str:
@@ -76,9 +62,7 @@ def _text_files(root: Path, suffixes: tuple[str, ...], left_out: Iterable[str] =
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in left_out]
-        found += [
-            Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")
-        ]
+        found += [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
     # By parts, not by string: the order must not depend on the system's separator.
     return sorted(found, key=lambda file: file.relative_to(root).parts)
 
@@ -87,13 +71,9 @@ def _decoded(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"read_text: {file} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
+        raise ValueError(f"read_text: {file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if "\0" in text:
-        raise ValueError(
-            f"read_text: {file} is not text: it has a NUL character at position {text.index(chr(0))}"
-        )
+        raise ValueError(f"read_text: {file} is not text: it has a NUL character at position {text.index(chr(0))}")
     return text
 
 
@@ -154,9 +134,7 @@ def train_val_split(tokens: np.ndarray, fraction: float = 0.9) -> tuple[np.ndarr
     return tokens[:cut], tokens[cut:]
 
 
-def batch_at(
-    tokens: np.ndarray, batch: int, seqlen: int, *, seed: int, step: int
-) -> tuple[np.ndarray, np.ndarray]:
+def batch_at(tokens: np.ndarray, batch: int, seqlen: int, *, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the training batch of a step: windows at random places, and what follows each token.
 
     A pure function of its arguments: the places are drawn by the counter-based generator Philox, whose key is

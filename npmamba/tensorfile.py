@@ -13,8 +13,7 @@ from safetensors.numpy import save
 
 from npmamba.files import atomic_write
 
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-DTYPES = ("bool", *_INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64")
+DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64".split()
 _LOOKALIKES = {
     b"PK": "it is a zip archive, as PyTorch's .bin and NumPy's .npz are",
     b"version ": "it is a Git LFS pointer; fetch the weights with: git lfs pull",

@@ -141,9 +141,7 @@ def _pack(tree: Any, place: str, tensors: dict[str, Any]) -> Any:
         nodes = [_pack(value, f"{place}.{i}", tensors) for i, value in enumerate(tree)]
         return {"list" if isinstance(tree, list) else "tuple": nodes}
     if not hasattr(tree, "dtype"):
-        raise TypeError(
-            f"save_training: {place} is a {type(tree).__name__}; expected arrays, numbers, strings"
-        )
+        raise TypeError(f"save_training: {place} is a {type(tree).__name__}; expected arrays, numbers, strings")
     while place in tensors:  # {"a.b": x, "a": {"b": y}} has two arrays of one name
         place += "'"
     tensors[place] = tree

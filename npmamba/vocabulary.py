@@ -84,9 +84,10 @@ class Vocabulary:
             return ids[~strange]
         if len(unknown) == 1 and unknown in self.characters:
             return np.where(strange, np.int32(self.characters.index(unknown)), ids)
-        raise self._stranger(text[int(strange.argmax())], int(strange.argmax()))
+        raise self._stranger(text, int(strange.argmax()))
 
-    def _stranger(self, character: str, at: int) -> ValueError:
+    def _stranger(self, text: str, at: int) -> ValueError:
+        character = text[at]
         alike = [character.swapcase(), *unicodedata.normalize("NFKD", character)]
         near = next((c for c in alike if c in (self.characters or "")), None)
         hint = f"; the nearest known is {near!r}" if near else ""

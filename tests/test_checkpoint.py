@@ -210,9 +210,7 @@ def test_a_full_or_broken_disk_leaves_the_earlier_checkpoint_and_no_litter(
     for room in (*range(0, len(before), 97), len(before) - 1):
         with monkeypatch.context() as patch:
             FakeDisk(patch, code, room)
-            with pytest.raises(
-                OSError, match="could not write .*checkpoint.safetensors: .*unchanged"
-            ) as caught:
+            with pytest.raises(OSError, match="could not write .*checkpoint.safetensors: .*unchanged") as caught:
                 save_training(tmp_path, 2, CONFIG, {"w": np.ones(200)}, None)
         assert caught.value.errno == code
         assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
@@ -361,9 +359,7 @@ def test_saving_a_loaded_model_again_gives_the_same_bytes(tmp_path: Path, dtype:
 @pytest.mark.parametrize(
     ("stored", "loaded"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")]
 )
-def test_half_precision_becomes_float32_unless_asked_otherwise(
-    tmp_path: Path, stored: str, loaded: str
-) -> None:
+def test_half_precision_becomes_float32_unless_asked_otherwise(tmp_path: Path, stored: str, loaded: str) -> None:
     params = params_of(CONFIG, np.dtype(stored))
     save_model(tmp_path, CONFIG, params)
     found = load_model(tmp_path)[1]
@@ -476,9 +472,7 @@ def test_shards_hold_the_same_model_as_one_file(tmp_path: Path) -> None:
     assert all(same_bits(loaded[key], params[key]) for key in params)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/x.safetensors", "a\\x.safetensors", "x.bin", 3, None]
-)
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a\\x.safetensors", "x.bin", 3, None])
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, name: Any) -> None:
     names = write_shards(tmp_path, params_of(CONFIG))
     names["backbone.norm_f.weight"] = name

@@ -100,9 +100,7 @@ def test_the_embedding_has_the_least_multiple_of_rows_that_holds_the_vocabulary(
     [(24, 768, 129135360), (48, 1024, 371516416), (48, 1536, 793204224), (48, 2048, 1372178432),
      (64, 2560, 2768345600)],
 )  # fmt: skip
-def test_published_sizes_have_the_published_parameter_counts(
-    n_layer: int, d_model: int, parameters: int
-) -> None:
+def test_published_sizes_have_the_published_parameter_counts(n_layer: int, d_model: int, parameters: int) -> None:
     config = MambaConfig(50277, d_model, n_layer, pad_vocab_size_multiple=8)
     assert config.parameter_count() == parameters
 
@@ -148,9 +146,7 @@ def test_the_original_file_may_set_the_mixer() -> None:
 
 
 def test_the_written_file_is_what_transformers_reads() -> None:
-    data = json.loads(
-        MambaConfig(**SMALL, pad_vocab_size_multiple=8, discretization="zoh").to_json("bfloat16")
-    )
+    data = json.loads(MambaConfig(**SMALL, pad_vocab_size_multiple=8, discretization="zoh").to_json("bfloat16"))
     assert data["architectures"] == ["MambaForCausalLM"]
     assert (data["model_type"], data["vocab_size"], data["torch_dtype"]) == ("mamba", 72, "bfloat16")
     assert (data["hidden_size"], data["intermediate_size"], data["num_hidden_layers"]) == (32, 64, 2)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from npmamba.data import (
     IGNORE_INDEX,
-    Vocabulary,
     batch_at,
     batches,
     evaluation_windows,
@@ -21,6 +20,7 @@ from npmamba.data import (
     stdlib_corpus,
     train_val_split,
 )
+from npmamba.vocabulary import Vocabulary
 
 SEEDS = st.integers(0, 2**64 - 1)
 ANY_TEXT = st.text(st.characters(), max_size=50)  # lone surrogates too
@@ -157,11 +157,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(
 
 def test_batches_of_other_seeds_and_steps_differ() -> None:
     tokens = np.arange(10**6)
-    starts = {
-        tuple(batch_at(tokens, 4, 1, seed=seed, step=step)[0].ravel())
-        for seed in range(5)
-        for step in range(5)
-    }
+    starts = {tuple(batch_at(tokens, 4, 1, seed=seed, step=step)[0].ravel()) for seed in range(5) for step in range(5)}
     assert len(starts) == 25
 
 
