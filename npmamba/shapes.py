@@ -6,7 +6,7 @@ an axis binds its length, and an argument that disagrees is named together with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,23 @@ def compute_dtype(dtype: Any) -> np.dtype:
     dtype('float32')
     """
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+@functools.cache
+def native_dtype(dtype: Any) -> np.dtype:
+    """Return `dtype` in this machine's byte order."""
+    return dtype.newbyteorder("=")
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """Return the name of `dtype`, which NumPy takes microseconds to build."""
+    return dtype.name
+
+
+def _expectation(name: str, x: Any, layouts: tuple[str, ...]) -> str:
+    expected = " or ".join(f"({', '.join(layout.split())}{',' * (' ' not in layout)})" for layout in layouts)
+    return f"{name} must be {expected}, got shape {tuple(x.shape)}"
 
 
 class Arguments:
@@ -60,19 +77,16 @@ class Arguments:
         ValueError
             If no layout has as many axes as `x`, or a bound axis has another length.
         """
-        expected = " or ".join(f"({', '.join(layout.split())}{',' * (' ' not in layout)})" for layout in layouts)
-        tail = f"{name} must be {expected}, got shape {tuple(x.shape)}"
         for layout in layouts:
-            if len(layout.split()) == x.ndim:
-                self._bind(name, zip(layout.split(), x.shape, strict=True), tail)
+            axes = layout.split()
+            if len(axes) == x.ndim:
+                for axis, length in zip(axes, x.shape, strict=True):
+                    bound, owner = self._axes.setdefault(axis, (length, name))
+                    if bound != length:
+                        clash = f"{name} has {axis}={length}, but {owner} has {axis}={bound}"
+                        raise ValueError(f"{self.op}: {clash}; {_expectation(name, x, layouts)}")
                 return layout
-        raise ValueError(f"{self.op}: {name} has {x.ndim} axes; {tail}")
-
-    def _bind(self, name: str, pairs: Iterator[tuple[str, int]], tail: str) -> None:
-        for axis, length in pairs:
-            bound, owner = self._axes.setdefault(axis, (length, name))
-            if bound != length:
-                raise ValueError(f"{self.op}: {name} has {axis}={length}, but {owner} has {axis}={bound}; {tail}")
+        raise ValueError(f"{self.op}: {name} has {x.ndim} axes; {_expectation(name, x, layouts)}")
 
     def bind(self, axis: str, length: int, owner: str) -> None:
         """Bind an axis whose length follows from `owner`, like ``width-1`` from the weights."""
@@ -98,8 +112,8 @@ class Arguments:
         TypeError
             If `x` has another dtype; `like` names the argument that asks for `expected`.
         """
-        native = x.dtype.newbyteorder("=")
-        if native.name not in FLOATS:
+        native = native_dtype(x.dtype)
+        if dtype_name(native) not in FLOATS:
             raise TypeError(f"{self.op}: {name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {x.dtype}")
         if expected is not None and native != np.dtype(expected):
             why = f" because {like}" if like else ""

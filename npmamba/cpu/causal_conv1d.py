@@ -309,7 +309,7 @@ def update(
     dtype, (batch, dim) = compute_dtype(x.dtype), x.shape
     taps = rows(state, dtype)
     out = empty((batch, dim), dtype)
-    arguments = (np.ascontiguousarray(x, dtype), _per_channel(weight, dim, dtype), _per_channel(bias, dim, dtype))
+    arguments = (np.ascontiguousarray(native(x, dtype)), _per_channel(weight, dim, dtype), _per_channel(bias, dim, dtype))
     launch(_update, dtype, batch, taps, *arguments, out, activation == "silu", work=x.size)
     if not np.may_share_memory(taps, state):
         state[...] = taps.swapaxes(1, 2)

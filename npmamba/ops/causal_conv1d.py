@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from npmamba.autodiff.tape import Traced, primitive
 from npmamba.backend import array_module, twin
-from npmamba.shapes import Arguments, compute_dtype
+from npmamba.shapes import Arguments, compute_dtype, dtype_name
 
 ACTIVATIONS = (None, "silu")
 
@@ -199,7 +199,7 @@ def causal_conv1d_update(
     check.shape("x", x, "batch dim")
     _check_parameters(check, x, weight, bias, activation)
     check.shape("state", state, "batch dim width-1")
-    check.dtype("state", state, compute_dtype(x.dtype), like=f"x is {x.dtype.name}")
+    check.dtype("state", state, compute_dtype(x.dtype), like=f"x is {dtype_name(x.dtype)}")
     check.writable("state", state)
     return twin("causal_conv1d", x).update(state, x, weight, bias, activation=activation)
 
@@ -245,11 +245,11 @@ def _check(
     _check_parameters(check, x, weight, bias, activation)
     if dout is not None:
         check.shape("dout", dout, "batch dim seqlen")
-        check.dtype("dout", dout, check.dtype("x", x), like=f"x is {x.dtype.name}")
+        check.dtype("dout", dout, check.dtype("x", x), like=f"x is {dtype_name(x.dtype)}")
     for name, state in states.items():
         if state is not None:
             check.shape(name, state, "batch dim width-1")
-            check.dtype(name, state, compute_dtype(x.dtype), like=f"x is {x.dtype.name}")
+            check.dtype(name, state, compute_dtype(x.dtype), like=f"x is {dtype_name(x.dtype)}")
     if seq_idx is not None:
         check.shape("seq_idx", seq_idx, "batch seqlen")
         check.integers("seq_idx", seq_idx)
@@ -262,10 +262,10 @@ def _check_parameters(check: Arguments, x: Any, weight: Any, bias: Any, activati
     check.shape("weight", weight, "dim width")
     check.at_least("width", 1)
     check.bind("width-1", weight.shape[1] - 1, "weight")
-    check.dtype("weight", weight, compute_dtype(dtype), like=f"x is {dtype.name}")
+    check.dtype("weight", weight, compute_dtype(dtype), like=f"x is {dtype_name(dtype)}")
     if bias is not None:
         check.shape("bias", bias, "dim")
-        check.dtype("bias", bias, compute_dtype(dtype), like=f"x is {dtype.name}")
+        check.dtype("bias", bias, compute_dtype(dtype), like=f"x is {dtype_name(dtype)}")
     check.choice("activation", activation, ACTIVATIONS)
 
 
