@@ -175,7 +175,10 @@ class Report:
             f"{where['cores']} cores, {' '.join(where.get('vector_units', []))}, "
             f"load {where.get('load_at_start', '?')}"
         )
-        print(", ".join(f"{name} {version}" for name, version in what.items()), end="\n\n")
+        print(", ".join(f"{name} {version}" for name, version in what.items()))
+        if threads > 1 and where.get("load_at_start", 0) > 0.5:
+            print("The machine is busy: with more than one thread these wall times and ratios mean little.")
+        print()
 
     def add(self, **result: Any) -> None:
         """Keep one result."""
