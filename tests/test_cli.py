@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba import cli, doctor, progress
+from npmamba.cpu import runtime
 from npmamba.settings import TrainConfig, nearest, read_toml
 
 
@@ -203,6 +204,26 @@ def test_a_cache_that_others_can_write_is_named(tmp_path):
     state, detail, remedy = doctor._cache_state(tmp_path, "")
     assert state == doctor.BAD
     assert remedy == f"chmod go-w {tmp_path}"
+
+
+def test_warmup_compiles_every_declared_kernel(monkeypatch, capsys):
+    class Kernel:
+        __module__ = "npmamba.cpu.made_up"
+
+        def __init__(self):
+            self.asked = []
+
+        def __getitem__(self, dtype):
+            self.asked.append(dtype)
+
+    doctor.declare_kernels()
+    modules = {kernel.__module__ for kernel in runtime.KERNELS}
+    assert {"npmamba.cpu.selective_scan", "npmamba.cpu.causal_conv1d", "npmamba.cpu.rms_norm"} <= modules
+    kernels = [Kernel(), Kernel()]
+    monkeypatch.setattr(runtime, "KERNELS", kernels)
+    assert cli.main(["warmup", "--float64"]) == 0
+    assert [kernel.asked for kernel in kernels] == [["float32", "float64"]] * 2
+    assert "4 kernels are ready" in capsys.readouterr().out
 
 
 # --- progress ---

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 
 from npmamba import arguments, cli, runs, summary
 from npmamba.checkpoint import load_model, load_training
+from npmamba.config import MambaConfig
 from npmamba.inspect import selectivity, step_sizes, time_constants
 from npmamba.lm import MambaLM, logits
 from npmamba.progress import Silent
 from npmamba.settings import TrainConfig
-from npmamba.streaming import pieces
+from npmamba.streaming import Tokenizer, pieces
 from npmamba.train import FINAL, MEASURED, Interrupted, Loop, evaluate, learning_rate, train
 from npmamba.vocabulary import Vocabulary
 
@@ -321,18 +323,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(capsys, te
     def limited(descriptor, data):
         nonlocal written
         written += len(data)
-        if written > 150_000:
+        if written > 60_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", limited)
-    message = refused(capsys, text, "--out", str(out), "--steps", "300", "--checkpoint-every", "2")
+    message = refused(capsys, text, "--out", str(out), "--steps", "60", "--checkpoint-every", "2")
     assert "the disk is full" in message
     assert message.endswith(f"go on with: npmamba train --resume {out}")
     monkeypatch.undo()
-    assert 0 < load_training(out).step < 300
+    assert 0 < load_training(out).step < 60
     assert cli.main(["train", "--resume", str(out), "--quiet", "--no-report"]) == 0
-    assert load_training(out).step == 300
+    assert load_training(out).step == 60
 
 
 def test_what_decides_a_run_cannot_change_when_it_resumes(capsys, text, tmp_path):
@@ -449,6 +451,62 @@ def test_pieces_join_to_the_text_whatever_its_characters(text, extra):
         return
     for vocabulary in (Vocabulary(), Vocabulary(characters)):
         assert "".join(pieces(vocabulary, [int(i) for i in vocabulary.encode(text)])) == text
+
+
+class Words:
+    """Stands in for the tokenizers package: tokens are bytes in hexadecimal, so most are half a character."""
+
+    @staticmethod
+    def from_file(path):
+        return Words()
+
+    def encode(self, text):
+        return types.SimpleNamespace(ids=list(text.encode()))
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_published_model_is_read_with_its_tokenizer_and_stops_at_its_end_token(
+    capsys, tmp_path, monkeypatch
+):
+    model = MambaLM(MambaConfig(vocab_size=256, d_model=8, n_layer=1, eos_token_id=0))
+    model.save_pretrained(tmp_path)
+    args = [
+        "generate",
+        str(tmp_path),
+        "--prompt",
+        "für",
+        "--tokens",
+        "40",
+        "--seed",
+        "3",
+        "--temperature",
+        "9",
+    ]
+    assert cli.main(args) == 2
+    assert "has neither vocabulary.json nor tokenizer.json" in capsys.readouterr().err
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert cli.main(args) == 2
+    assert "tokenizer.json needs the tokenizers package: pip install tokenizers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=Words))
+    assert cli.main(args) == 0
+    ids = np.frombuffer("für".encode(), np.uint8).astype(np.int32)[None]
+    new = model.generate(ids, 40, temperature=9.0, seed=3, eos_token_id=0)[0, 4:]
+    expected = bytes(new[new != 0].tolist()).decode(errors="replace")
+    assert capsys.readouterr().out.rstrip("\n") == ("für" + expected).rstrip("\n")
+
+
+@given(st.text(max_size=30))
+def test_a_tokenizer_s_pieces_join_to_its_text(text):
+    words = Tokenizer.__new__(Tokenizer)
+    words.backend = Words()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    assert "".join(pieces(words, words.encode(text).tolist())) == text
 
 
 # --- looking inside ---
