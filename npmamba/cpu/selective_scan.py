@@ -403,6 +403,14 @@ def _map_gradient(parts: np.ndarray, factor: np.ndarray, M: np.ndarray, groups: 
     dtype = M.dtype.newbyteorder("=")
     if M.ndim == 2:
         return np.ascontiguousarray(factor, dtype)
-    grouped = parts.reshape(groups, -1 if parts.size else 0, *parts.shape[1:]).sum(axis=1)
-    dM = grouped.transpose(1, 0, 3, 2) if M.ndim == 4 and M.shape[1] == groups else grouped.sum(axis=0).swapaxes(1, 2)
+    grouped = _add_up(parts.reshape(groups, -1 if parts.size else 0, *parts.shape[1:]).swapaxes(0, 1))
+    dM = grouped.transpose(1, 0, 3, 2) if M.ndim == 4 and M.shape[1] == groups else _add_up(grouped).swapaxes(1, 2)
     return dM.astype(dtype, copy=False)
+
+
+def _add_up(parts: np.ndarray) -> np.ndarray:
+    """Sum over the first axis, one after the other: the order of `numpy.sum` depends on the lengths of the others."""
+    total = np.zeros(parts.shape[1:], parts.dtype)
+    for part in parts:
+        total += part
+    return total
