@@ -21,7 +21,7 @@ def compute_dtype(dtype: Any) -> np.dtype:
     >>> compute_dtype(np.float16)
     dtype('float32')
     """
-    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+    return np.dtype(np.float64 if np.dtype(dtype).newbyteorder("=") == np.float64 else np.float32)
 
 
 @functools.cache
