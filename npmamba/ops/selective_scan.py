@@ -116,6 +116,7 @@ def selective_scan(
     >>> selective_scan(u, delta, A, B, C).round(12)
     array([[[1.  , 0.5 , 0.25]]])
     """
+    Arguments("selective_scan").flag("return_last_state", return_last_state)
     y, last_state = _selective_scan(
         u,
         delta,
@@ -177,7 +178,7 @@ def selective_scan_backward(
     Notes
     -----
     The state before every 64th step is computed again here; the tape hands it on instead.
-    ``docs`` of every line stand in ``selective_scan.md`` beside this file.
+    Every line is derived in ``selective_scan.md`` beside this file.
 
     Examples
     --------
