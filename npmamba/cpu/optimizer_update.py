@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.cpu.runtime import Int, Read, Real, Write, WriteDouble, empty, kernel, launch, native
+from npmamba.cpu.layout import native
+from npmamba.cpu.runtime import Int, Read, Real, Write, WriteDouble, empty, kernel, launch, scratch
 from npmamba.cpu.simd import load, store, width
 from npmamba.scalar import adamw_step, cast, running_mean
 from npmamba.shapes import compute_dtype
 
 BLOCK = 16384
 """Numbers per task."""
+SUMS = 1024
+"""Sums of squares that run side by side in float64; divides BLOCK."""
 
 
 @kernel
@@ -65,18 +68,17 @@ def _sum_of_squares(start: Int, stop: Int, x: Read[1], parts: WriteDouble[1]):
     Threads: a task is a block of BLOCK numbers.
     Owns: its part of the sum; the caller adds the parts.
     """
+    w = width(x)
+    numbers, sums = scratch((SUMS,), x), np.empty(SUMS, np.float64)
     for block in range(start, stop):
         end = min((block + 1) * BLOCK, x.shape[0])
-        a = b = c = d = np.float64(0)  # four chains of additions, so that none waits for the one before
-        whole = end - (end - block * BLOCK) % 4
-        for i in range(block * BLOCK, whole, 4):
-            a += np.float64(x[i]) * np.float64(x[i])
-            b += np.float64(x[i + 1]) * np.float64(x[i + 1])
-            c += np.float64(x[i + 2]) * np.float64(x[i + 2])
-            d += np.float64(x[i + 3]) * np.float64(x[i + 3])
-        for i in range(whole, end):
-            a += np.float64(x[i]) * np.float64(x[i])
-        parts[block] = (a + b) + (c + d)
+        sums[:] = 0
+        for first in range(block * BLOCK, end, SUMS):
+            for j in range(0, SUMS, w):
+                store(numbers, (j,), load(x, (first + j,), end - first - j))
+            for k in range(SUMS):  # vectorized by the compiler, for these two arrays are its own
+                sums[k] += np.float64(numbers[k]) * np.float64(numbers[k])
+        parts[block] = sums.sum()
 
 
 def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
