@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.cpu.runtime import native
+from npmamba.cpu.layout import native
 
 
 def lines(x: np.ndarray, dtype: Any) -> np.ndarray:

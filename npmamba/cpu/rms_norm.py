@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npmamba.cpu.layout import native
 from npmamba.cpu.lines import lines
-from npmamba.cpu.runtime import Flag, Int, Read, Real, Write, empty, inner, kernel, launch, native
+from npmamba.cpu.runtime import Flag, Int, Read, Real, Write, empty, inner, kernel, launch
 from npmamba.cpu.simd import load, store, total, width
 from npmamba.scalar import cast, fma, normalized, normalized_derivative
 from npmamba.shapes import compute_dtype
