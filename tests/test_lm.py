@@ -29,7 +29,7 @@ VARIANTS = {
     "no conv bias": {"conv_bias": False},
     "zoh": {"discretization": "zoh"},
     "zoh, untied, all biases": {"discretization": "zoh", "tie_embeddings": False, "bias": True},
-    "sizes of one": {"d_conv": 1, "d_state": 1, "dt_rank": 1, "bias": True},
+    "sizes of one": {"d_model": 1, "expand": 1, "d_conv": 1, "d_state": 1, "dt_rank": 1, "bias": True},
 }
 H = 1e-30
 

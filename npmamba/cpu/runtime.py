@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -171,8 +172,7 @@ def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int)
     if threads <= 1 or work < SERIAL_WORK:
         compiled(0, tasks, *arguments)
         return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(num_threads(), "npmamba")
+    pool = _pool = _pool or ThreadPoolExecutor(num_threads(), "npmamba")
     pieces = min(tasks, threads * PIECES_PER_THREAD)
     ticket = itertools.count()
 
@@ -180,7 +180,7 @@ def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int)
         while (piece := next(ticket)) < pieces:
             compiled(piece * tasks // pieces, (piece + 1) * tasks // pieces, *arguments)
 
-    others = [_pool.submit(run) for _ in range(threads - 1)]
+    others = [pool.submit(run) for _ in range(threads - 1)]
     try:
         run()
     finally:
@@ -191,51 +191,35 @@ def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int)
 # --- memory ---
 
 
+LINE = 64
+"""Bytes of a cache line: a vector that straddles two lines costs two reads."""
+
+
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Allocate what a kernel will write completely. Tests fill it with NaN, so that a forgotten cell shows."""
-    return np.empty(shape, dtype)
+    """Allocate what a kernel will write completely, from the start of a cache line where it is large.
+
+    Tests fill it with NaN, so that a forgotten cell shows.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size < 64 * LINE:
+        return np.empty(shape, dtype)
+    buffer = np.empty(size + LINE, np.uint8)
+    skip = -buffer.__array_interface__["data"][0] % LINE
+    return buffer[skip : skip + size].view(dtype).reshape(shape)
 
 
 def _aligned(shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
     size = 1
     for length in shape:
         size *= length
-    spare = 64 // like.itemsize
-    buffer = np.empty(size + spare, like.dtype)
-    skip = (-buffer.ctypes.data % 64) // like.itemsize
+    buffer = np.empty(size + LINE // like.itemsize, like.dtype)
+    skip = (-buffer.ctypes.data % LINE) // like.itemsize
     return buffer[skip : skip + size].reshape(shape)
 
 
 scratch = inner(_aligned)
 """Inside a kernel: ``scratch(shape, like)`` allocates an array that begins on a cache line, of `like`'s dtype."""
-
-
-def native(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return `x` in native byte order, aligned, and in `dtype`: itself where it is so already."""
-    x = x.astype(dtype, copy=False)
-    return x if x.flags.aligned else x.copy()
-
-
-def rows(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return `x` (batch, dim, seqlen) as (batch, seqlen, dim) with unit channel stride: a view where memory allows."""
-    x = native(x, dtype).swapaxes(1, 2)
-    return x if x.shape[-1] == 1 or x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
-
-
-def rows_like(u: np.ndarray, dtype: Any) -> np.ndarray:
-    """Allocate a contiguous (batch, seqlen, dim) array for a result of the shape of `u` (batch, dim, seqlen)."""
-    return empty((u.shape[0], u.shape[2], u.shape[1]), dtype)
-
-
-def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Return a (batch, seqlen, dim) result as (batch, dim, seqlen), in the dtype and memory order of `u`.
-
-    The order is C unless `u`'s channels lie side by side, as with NumPy's ``order="K"``.
-    """
-    result = result.swapaxes(1, 2)
-    if abs(u.strides[1]) <= abs(u.strides[2]) and not u.flags.c_contiguous:
-        return result.astype(u.dtype.newbyteorder("="), copy=False)
-    return result.astype(u.dtype.newbyteorder("="), order="C")
 
 
 def warmup(dtypes: tuple[Any, ...] = (np.float32,)) -> None:

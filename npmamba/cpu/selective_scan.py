@@ -284,7 +284,8 @@ def _map(M: np.ndarray, groups: int, shape: tuple[int, int], dtype: Any) -> tupl
 def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return A and A log2(e) as (dstate, dim), without minus infinity: its product with delta = 0 must be 0."""
     lowest = np.finfo(dtype).min
-    A = np.ascontiguousarray(native(A, dtype).T)
+    A = native(A, dtype).T
+    A = np.ascontiguousarray(np.where(np.isnan(A), dtype.type(np.nan), A))  # exp2 keeps this NaN, not every other
     with np.errstate(over="ignore"):
         return np.maximum(A, lowest), np.maximum(A * dtype.type(np.log2(np.e)), lowest)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Real, Write, empty, inner, launch, native, scratch
+from npmamba.cpu.layout import native
+from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Real, Write, empty, inner, launch, scratch
 from npmamba.cpu.schedule import channel_blocks
 from npmamba.cpu.simd import LANES, load, store, width
 from npmamba.scalar import cast, exp2, phi, readout, select, silu, softplus, state_step

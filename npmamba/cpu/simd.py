@@ -350,7 +350,8 @@ _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06  # their sum is l
 
 @scalar.formula
 def _exp2_float32(x):
-    # 2^x = 2^k 2^g with |g| <= 1/2; the linear coefficient is ln 2 itself, so a slow decay keeps its time constant
+    # 2^x = 2^k 2^g with |g| <= 1/2; the linear coefficient is ln 2 itself, so a slow decay keeps its time constant.
+    # A NaN is kept if the last 9 bits of its payload are 0, as NumPy's are: the loops cannot afford a check.
     bounded = select(x > cast(128, x), cast(128, x), x)
     shifted = bounded + cast(_ROUND, x)
     g = bounded - (shifted - cast(_ROUND, x))
@@ -392,7 +393,8 @@ def _bound(x):
 def _exp_float32(x):
     shifted, g = _split_exponent(_bound(x))
     e = _add_exponent(_expm1_near_zero(g) + cast(1, x), shifted)
-    return select(x > cast(88.72283, x), cast(np.inf, x), select(x < cast(-87.3, x), cast(0, x), e))
+    e = select(x > cast(88.72283, x), cast(np.inf, x), select(x < cast(-87.3, x), cast(0, x), e))
+    return select(x != x, x, e)  # the bits of some NaNs would be shifted into the exponent
 
 
 @scalar.formula
@@ -400,7 +402,8 @@ def _expm1_float32(x):
     shifted, g = _split_exponent(_bound(x))
     power = _add_exponent(cast(1, x), shifted)
     e = fma(_expm1_near_zero(g), power, power - cast(1, x))
-    return select(x > cast(88.72283, x), cast(np.inf, x), e)
+    e = select(x > cast(88.72283, x), cast(np.inf, x), e)
+    return select(x != x, x, e)
 
 
 @scalar.formula
