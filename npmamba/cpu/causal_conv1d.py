@@ -26,22 +26,8 @@ from npmamba.cpu.conv_tile import (
     store_input_gradients,
     store_input_gradients_4,
 )
-from npmamba.cpu.runtime import (
-    Flag,
-    Int,
-    Read,
-    ReadInt,
-    Write,
-    empty,
-    in_order_of,
-    inner,
-    kernel,
-    launch,
-    native,
-    rows,
-    rows_like,
-    scratch,
-)
+from npmamba.cpu.layout import in_order_of, native, rows, rows_like
+from npmamba.cpu.runtime import Flag, Int, Read, ReadInt, Write, empty, inner, kernel, launch, scratch
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
 from npmamba.cpu.simd import LANES, load, store, width
 from npmamba.scalar import cast, fma, silu
