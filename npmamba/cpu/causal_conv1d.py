@@ -43,11 +43,11 @@ BLOCK_VECTORS = 64
 
 @inner
 def _place(task, blocks, steps_of, seqlen):
-    """Return a task's batch row, row of the schedule, first step and end, first channel and end."""
+    """Return a task's batch row, row of the schedule, first step and end (there may be none), first channel and end."""
     chunks = max((seqlen + CHUNK - 1) // CHUNK, 1)
     block, b = task % blocks.shape[0], task // blocks.shape[0] // chunks
     row, start = b % steps_of.shape[0], task // blocks.shape[0] % chunks * CHUNK
-    return b, row, start, max(start, min(start + CHUNK, steps_of[row])), blocks[block, 0], blocks[block, 1]
+    return b, row, start, min(start + CHUNK, steps_of[row]), blocks[block, 0], blocks[block, 1]
 
 
 # --- forward ---
@@ -134,7 +134,7 @@ def _backward(
         b, row, s0, s1, d0, d1 = _place(task, blocks, steps_of, x.shape[1])
         total, vectors = steps_of[row], (d1 - d0 + w - 1) // w
         sums[:] = 0.0
-        span = (s1, max(min(lag, total - s1), 0))
+        span = (s1, min(lag, total - s1))
         for v in range(vectors):
             place = (b, row, d0 + v * w, d1 - d0 - v * w)
             stage(x, weight, bias, initial, order, place, span, weights, window)
@@ -295,7 +295,8 @@ def update(
     dtype, (batch, dim) = compute_dtype(x.dtype), x.shape
     taps = rows(state, dtype)
     out = empty((batch, dim), dtype)
-    arguments = (np.ascontiguousarray(native(x, dtype)), _per_channel(weight, dim, dtype), _per_channel(bias, dim, dtype))
+    channels = _per_channel(weight, dim, dtype), _per_channel(bias, dim, dtype)
+    arguments = (np.ascontiguousarray(native(x, dtype)), *channels)
     launch(_update, dtype, batch, taps, *arguments, out, activation == "silu", work=x.size)
     if not np.may_share_memory(taps, state):
         state[...] = taps.swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Between the callers' memory and the kernels': (batch, dim, seqlen) in any order, (batch, seqlen, dim) with unit stride.
+"""From the callers' memory, (batch, dim, seqlen) in any order, to the kernels' (batch, seqlen, dim), unit stride last.
 
 Channel-contiguous arrays, and slices of them, pass as views. Everything else is copied once, by tiles that fit the
 first-level cache: NumPy's own transposing copy is several times slower.

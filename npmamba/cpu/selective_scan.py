@@ -203,7 +203,9 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                             lo, hi = bounds[run], bounds[run + 1]
                             first = fresh[row, t0 + lo] != 0
                             h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
-                            g = state_pass_back(h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated)
+                            g = state_pass_back(
+                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
+                            )
                             if first:
                                 g = zero
                         store(carry, (v, n, 0), g)
