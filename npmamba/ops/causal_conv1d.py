@@ -76,8 +76,8 @@ def causal_conv1d(
 
     Notes
     -----
-    The convolution before the scan in Mamba's block, section 3.4 of Gu & Dao, "Mamba", arXiv 2312.00752; there the
-    width is 4 and the activation silu. Differentiable in every array argument but `seq_idx`.
+    The convolution before the scan in figure 3 of Gu & Dao, "Mamba", arXiv 2312.00752; published models have width 4
+    and silu. Differentiable in every array argument but `seq_idx`.
 
     Examples
     --------
