@@ -46,7 +46,7 @@ def selective_state_update(
         Rates of the states, usually negative; dtype of `state`.
     B, C : array (dim, dstate), (batch, dstate) or (batch, groups, dstate)
         Input and output maps; dtype of `x`. Two axes are read as (batch, dstate) where batch equals dim. `groups`
-        divides `dim`; channel d belongs to group ``d // (dim / groups)``.
+        divides `dim`; channel d belongs to group ``d // (dim / groups)``; B and C have equally many.
     D : array (dim,), optional
         Weight of the direct path from input to output; dtype of `state`.
     z : array (batch, dim), optional
