@@ -45,6 +45,16 @@ def exp2(x: Any) -> Any:
     return np.exp2(x)
 
 
+def exp2_product(x: Any, y: Any) -> Any:
+    """Return ``2^(x y)`` as `exp2` does; where the target can, the product is not rounded."""
+    return np.exp2(x * y)
+
+
+def exp2_product_small(x: Any, y: Any) -> Any:
+    """Return the same, bit for bit, where ``|x y| <= 126`` or it is NaN, and anything elsewhere: it checks nothing."""
+    return np.exp2(x * y)
+
+
 def exp(x: Any) -> Any:
     """Return ``e^x`` to a few units in the last place."""
     return np.exp(x)
@@ -148,7 +158,8 @@ def phi_derivative(x):
     p = fma(p, s, cast(3 / 24, x))
     p = fma(p, s, cast(2 / 6, x))
     p = fma(p, s, cast(1 / 2, x))
-    return select(near, p, (exp(far) - phi(far)) / far)
+    inverse = cast(1, x) / far
+    return select(near, p, fma(exp(far), cast(1, x) - inverse, inverse) * inverse)
 
 
 # --- normalization and loss, one number of a row ---
