@@ -24,7 +24,18 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, overload, register_model
 
 from npmamba import scalar
-from npmamba.scalar import cast, exp, exp2, expm1, fma, log1p, select, sqrt
+from npmamba.scalar import (
+    cast,
+    exp,
+    exp2,
+    exp2_product,
+    exp2_product_small,
+    expm1,
+    fma,
+    log1p,
+    select,
+    sqrt,
+)
 
 
 def _host_has_avx512() -> bool:
@@ -146,6 +157,11 @@ def total(x: Any) -> Any:
     return x[0]
 
 
+def any_lane(mask: Any) -> bool:
+    """Tell whether a comparison of vectors holds in any lane."""
+    return bool(np.any(mask))
+
+
 def _pointer(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
     array_type, index_type = sig.args[:2]
     struct = context.make_array(array_type)(context, builder, args[0])
@@ -224,6 +240,11 @@ def _emit_total(context, builder, sig, args):
     return builder.extract_element(v, ir.Constant(I32, 0))
 
 
+def _emit_any_lane(context, builder, sig, args):
+    bits = builder.bitcast(args[0], ir.IntType(sig.args[0].lanes))
+    return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+
 def _emit_width(context, builder, sig, args):
     return context.get_constant(types.intp, VECTORS[sig.args[0].dtype].lanes)
 
@@ -233,6 +254,7 @@ _define(load, lambda a, index, count=None: VECTORS[a.dtype] if _is_place(a, inde
 _define(store, _store_result, _emit_store)
 _define(pick, _pick_result, _emit_pick)
 _define(prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch)
+_define(any_lane, lambda mask: types.boolean, _emit_any_lane)
 _define(total, lambda x: x.dtype, _emit_total)
 
 
@@ -349,18 +371,36 @@ _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06  # their sum is l
 
 
 @scalar.formula
+def _exp2_polynomial(g):
+    p = fma(cast(0.0013300616992637515, g), g, cast(0.009669693186879158, g))
+    p = fma(p, g, cast(0.05550558492541313, g))
+    p = fma(p, g, cast(0.24022282660007477, g))
+    p = fma(p, g, cast(0.6931471824645996, g))
+    return fma(p, g, cast(1, g))
+
+
+@scalar.formula
+def _exp2_product_small_float32(x, y):
+    shifted = fma(x, y, cast(_ROUND, x))
+    g = fma(x, y, cast(_ROUND, x) - shifted)
+    return _add_exponent(_exp2_polynomial(g), shifted)
+
+
+@scalar.formula
+def _exp2_product_float32(x, y):
+    power, exponent = _exp2_product_small_float32(x, y), x * y
+    power = select(exponent >= cast(128, x), cast(np.inf, x), power)
+    return select(exponent < cast(-126, x), cast(0, x), power)
+
+
+@scalar.formula
 def _exp2_float32(x):
     # 2^x = 2^k 2^g with |g| <= 1/2; the linear coefficient is ln 2 itself, so a slow decay keeps its time constant.
     # A NaN is kept if the last 9 bits of its payload are 0, as NumPy's are: the loops cannot afford a check.
     bounded = select(x > cast(128, x), cast(128, x), x)
     shifted = bounded + cast(_ROUND, x)
     g = bounded - (shifted - cast(_ROUND, x))
-    p = fma(cast(0.0013300616992637515, x), g, cast(0.009669693186879158, x))
-    p = fma(p, g, cast(0.05550558492541313, x))
-    p = fma(p, g, cast(0.24022282660007477, x))
-    p = fma(p, g, cast(0.6931471824645996, x))
-    p = fma(p, g, cast(1, x))
-    return select(bounded < cast(-126, x), cast(0, x), _add_exponent(p, shifted))
+    return select(bounded < cast(-126, x), cast(0, x), _add_exponent(_exp2_polynomial(g), shifted))
 
 
 @scalar.formula
@@ -400,9 +440,9 @@ def _exp_float32(x):
 @scalar.formula
 def _expm1_float32(x):
     shifted, g = _split_exponent(_bound(x))
-    power = _add_exponent(cast(1, x), shifted)
-    e = fma(_expm1_near_zero(g), power, power - cast(1, x))
-    e = select(x > cast(88.72283, x), cast(np.inf, x), e)
+    half = _add_exponent(cast(0.5, x), shifted)  # half the power: the largest power, 2^128, is no float32
+    e = fma(_expm1_near_zero(g), half, half - cast(0.5, x))
+    e = select(x > cast(88.72283, x), cast(np.inf, x), e + e)
     return select(x != x, x, e)
 
 
@@ -435,3 +475,18 @@ def _overload_elementary(primitive: Any, name: str) -> None:
 
 for _primitive in (exp2, exp, expm1, log1p):
     _overload_elementary(_primitive, _primitive.__name__)
+
+
+def _overload_product(primitive: Any, short: Any) -> None:
+    libm = _LIBM["exp2"]
+
+    @overload(primitive, jit_options={"forceinline": True})
+    def implementation(x, y):
+        if not _is_number(x) or x != y:
+            return None
+        element = x.dtype if isinstance(x, VectorType) else x
+        return (lambda x, y: short(x, y)) if element == types.float32 else (lambda x, y: libm(x * y))
+
+
+_overload_product(exp2_product, _exp2_product_float32)
+_overload_product(exp2_product_small, _exp2_product_small_float32)
