@@ -81,8 +81,9 @@ def test_shorter_types_are_computed_in_float32_and_rounded_once(dtype, tolerance
     types = [dtype, np.float32, dtype, np.float32, np.float32, np.float32]
     for k, (found, wanted) in enumerate(zip(both(case, *grads), both_by_reference(case, *grads), strict=True)):
         if found is not None:
+            terms = grads[0].astype(np.float64) if k in (3, 4) else 0.0  # sums over time may cancel
             assert found.dtype == types[k]
-            assert error(found, wanted) <= (tolerances[k > 1] if types[k] == dtype else 3e-6)
+            assert error(found, wanted, terms) <= (tolerances[k > 1] if types[k] == dtype else 3e-6)
 
 
 @pytest.mark.parametrize("width", [cpu.TILE, cpu.TILE + 4, cpu.CHUNK + 9])
