@@ -396,11 +396,12 @@ def _exp2_product_float32(x, y):
 @scalar.formula
 def _exp2_float32(x):
     # 2^x = 2^k 2^g with |g| <= 1/2; the linear coefficient is ln 2 itself, so a slow decay keeps its time constant.
-    # A NaN is kept if the last 9 bits of its payload are 0, as NumPy's are: the loops cannot afford a check.
+    # A NaN fails both comparisons, and comes out as it went in.
     bounded = select(x > cast(128, x), cast(128, x), x)
     shifted = bounded + cast(_ROUND, x)
     g = bounded - (shifted - cast(_ROUND, x))
-    return select(bounded < cast(-126, x), cast(0, x), _add_exponent(_exp2_polynomial(g), shifted))
+    low = select(bounded < cast(0, x), cast(0, x), bounded)
+    return select(bounded >= cast(-126, x), _add_exponent(_exp2_polynomial(g), shifted), low)
 
 
 @scalar.formula
