@@ -2,8 +2,8 @@
 
 Numba's own ``cache=True`` looks only at the file that holds a function and keeps stale code when a function it calls
 changes in another file. Here the folder's name is a hash of all kernel sources and of the versions of Python, Numba
-and this package, so a stale kernel cannot be found. A damaged file counts as absent, a folder that cannot be written
-only costs the compilation again.
+and this package, so a stale kernel cannot be found. A damaged file counts as absent (each carries a digest, for machine
+code is run as it is read), a folder that cannot be written only costs the compilation again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import pickle
 import stat
 import sys
 from typing import Any
@@ -77,6 +78,21 @@ class _Implementation(CompileResultCacheImpl):
     _locator_classes = [_Locator]
 
 
+class _Files(IndexDataCacheFile):
+    """Numba's index and data files of one kernel; each data file begins with the digest of the rest."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        content = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+
+    def _load_data(self, name: str) -> Any:
+        content = pathlib.Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise ValueError("its digest is wrong")
+        return pickle.loads(content[32:])
+
+
 class KernelCache(FunctionCache):
     """Numba's function cache in our folder; it never raises, and says once when kernels must be compiled."""
 
@@ -88,7 +104,7 @@ class KernelCache(FunctionCache):
         self._name = name
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
         version = f"py{sys.version_info[0]}{sys.version_info[1]}"
-        self._cache_file = IndexDataCacheFile(str(folder()), f"{stem}.{version}", folder().name)
+        self._cache_file = _Files(str(folder()), f"{stem}.{version}", folder().name)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         """The folder stands for all sources, the file for the kernel's name; what is left is types and processor."""
@@ -116,5 +132,5 @@ class KernelCache(FunctionCache):
             self._impl.locator.ensure_cache_path()
             if _is_private(folder()):
                 super().save_overload(sig, data)
-        except OSError as error:
+        except Exception as error:  # no space, no permission, or a damaged index that cannot be replaced
             log.info("compiled kernels cannot be kept (%s)", error)

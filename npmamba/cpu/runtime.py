@@ -94,7 +94,8 @@ class Kernel:
     def _compile(self, dtype: np.dtype) -> Callable[..., None]:
         dispatcher = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(self.function)
         if self.name.startswith("npmamba."):  # the cache knows when our sources change, not when others do
-            dispatcher._cache = KernelCache(self.function, self.name)
+            # a file for each dtype: two processes that compile one kernel for two dtypes write to different files
+            dispatcher._cache = KernelCache(self.function, f"{self.name}-{dtype}")
         dispatcher.compile(self.signature(dtype))
         dispatcher.disable_compile()
         return dispatcher
