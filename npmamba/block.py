@@ -70,13 +70,33 @@ def mamba_block(
     seq_idx : integer array (batch, seqlen), optional
         Sequence numbers of a packed batch.
     observe : callable, optional
-        Called as ``observe(delta=..., A=..., B=..., C=...)`` with the arguments of the scan, for inspection.
+        Called as ``observe(delta=..., delta_bias=..., A=..., B=..., C=...)`` with the arguments of the scan, for
+        inspection; delta comes before bias and softplus.
 
     Returns
     -------
     out : array (batch, seqlen, d_model)
     state : BlockState
         What the next call continues from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        From the operation that an argument does not fit, which names it.
+
+    Notes
+    -----
+    Figure 3 and algorithm 2 of Gu & Dao, "Mamba", arXiv 2312.00752. Differentiable in the parameters, `x` and `state`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> config = MambaConfig(vocab_size=5, d_model=8, n_layer=1)
+    >>> shapes = {name.removeprefix("mixer."): shape for name, shape in config.layer_shapes().items()}
+    >>> parameters = {name: np.zeros(shape) for name, shape in shapes.items()}
+    >>> out, state = mamba_block(parameters, np.ones((2, 3, 8)), config)
+    >>> out.shape, state.conv.shape, state.ssm.shape
+    ((2, 3, 8), (2, 16, 3), (2, 16, 16))
     """
     p = parameters
     u, z = split(linear(x, p["in_proj.weight"], p.get("in_proj.bias")), (config.d_inner, config.d_inner))
@@ -132,6 +152,11 @@ def mamba_block_step(parameters: Mapping[str, Any], x: Any, config: MambaConfig,
     Returns
     -------
     array (batch, d_model)
+
+    Raises
+    ------
+    TypeError, ValueError
+        From the operation that an argument does not fit, which names it.
     """
     p = parameters
     u, z = split(linear(x, p["in_proj.weight"], p.get("in_proj.bias")), (config.d_inner, config.d_inner))

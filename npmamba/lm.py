@@ -211,6 +211,13 @@ def prefill(params: Params, config: MambaConfig, input_ids: Any, state: State | 
     ------
     TypeError, ValueError
         As `logits`, and if there is no token or `state` is not that of this model.
+
+    Examples
+    --------
+    >>> model = MambaLM(MambaConfig(vocab_size=7, d_model=16, n_layer=2))
+    >>> scores, state = prefill(model.params, model.config, np.array([[1, 2, 3]]))
+    >>> scores.shape, step(model.params, model.config, np.array([4]), state).shape
+    ((1, 7), (1, 7))
     """
     _check_ids("input_ids", input_ids, 2)
     if input_ids.shape[1] < 1:
