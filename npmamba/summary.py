@@ -20,7 +20,6 @@ from npmamba.progress import clock
 from npmamba.report import Report
 from npmamba.runs import REPORT, Run, on_host
 from npmamba.settings import TrainConfig, flag
-from npmamba.train import FINAL
 
 SHOWN = 360  # characters in the selectivity map
 TEMPERATURE = 0.8
@@ -103,7 +102,7 @@ def closing(run: Run, prompt: str, text: str, *, reported: bool) -> str:
     parts = [f"\n{prompt}{text}\n"] if text else []
     parts.append(
         f"validation loss {final:.4f} nats per {run.corpus.unit} after {run.step:,} steps, "
-        f"on {min(len(run.corpus.validation) - 1, FINAL):,} {run.corpus.unit}s "
+        f"on {run.history[-1]['tokens']:,} {run.corpus.unit}s "
         f"in windows of {run.config.context}"
     )
     if reported:

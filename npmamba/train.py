@@ -29,8 +29,7 @@ __all__ = ["Interrupted", "TrainConfig", "evaluate", "learning_rate", "train"]
 MEASURED = 20  # steps whose time decides how many fit the budget
 UNTIMED = 3  # of these, the first ones: kernels compile in them
 FLOOR = 0.02  # the cosine ends at this fraction of the peak
-EVALUATED = 2**15  # tokens of validation text used on the way; the end uses FINAL
-FINAL = 2**18
+EVALUATED, FINAL = 2**15, 2**18  # at most so many tokens are predicted for a validation loss, the last one
 
 
 class Interrupted(KeyboardInterrupt):
@@ -89,7 +88,8 @@ def train(run: Run, display: Silent | None = None, *, started: float | None = No
                 raise Interrupted(
                     f"stopped after step {run.step}; go on with: npmamba train --resume {run.folder}"
                 )
-    run.record(step=run.step, validation_loss=evaluate(run, FINAL), final=True)
+    loss, count = evaluate(run)
+    run.record(step=run.step, validation_loss=loss, tokens=count, final=True)
     run.save()
     return run
 
@@ -158,7 +158,7 @@ class Loop:
         run.seconds += time.perf_counter() - began
         self._report(loss, norm)
         if config.eval_every and run.step % config.eval_every == 0 and not self.finished:
-            validation = evaluate(run, EVALUATED)
+            validation, _ = evaluate(run, EVALUATED)
             run.record(step=run.step, validation_loss=validation)
             self.display.validation({"step": run.step, "validation_loss": validation})
         if config.checkpoint_every and run.step % config.checkpoint_every == 0 and not self.finished:
@@ -204,17 +204,20 @@ class Loop:
         self.display.step({**metrics, "total": run.total, "seconds_left": left})
 
 
-def evaluate(run: Run, tokens: int) -> float:
-    """Return the mean loss on the first `tokens` tokens of the validation text, in nats per token.
+def evaluate(run: Run, most: int = FINAL) -> tuple[float, int]:
+    """Return the mean loss on the validation text in nats per token, and the number of tokens predicted.
 
     The text is cut into windows of the training context, each read from a zero state: the first characters of a
-    window are predicted from few others, as in the common benchmarks.
+    window are predicted from few others, as in the common benchmarks. Of a text of more than `most` tokens,
+    every n-th window is taken, so that a part stands for the whole.
     """
     context, batch = run.config.context, run.config.batch
-    inputs, targets = evaluation_windows(run.corpus.validation[: tokens + 1], context)
-    total = 0.0
+    inputs, targets = evaluation_windows(run.corpus.validation, context)
+    every = -(-targets.size // max(most, context))
+    inputs, targets = inputs[::every], targets[::every]
+    total, count = 0.0, int((targets != IGNORE_INDEX).sum())
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch], targets[start : start + batch]
         x, y = on_backend(run.config.backend, part)
         total += float(lm.loss(run.params, run.model, x, y)) * int((y != IGNORE_INDEX).sum())
-    return total / int((targets != IGNORE_INDEX).sum())
+    return total / count, count

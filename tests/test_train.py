@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npmamba import arguments, cli, runs, summary
+from npmamba import arguments, cli, lm, runs, summary
 from npmamba.checkpoint import load_model, load_training
 from npmamba.config import MambaConfig
+from npmamba.data import IGNORE_INDEX
 from npmamba.inspect import selectivity, step_sizes, time_constants
 from npmamba.lm import MambaLM, logits
 from npmamba.progress import Silent
 from npmamba.settings import TrainConfig
 from npmamba.streaming import Tokenizer, pieces
-from npmamba.train import FINAL, MEASURED, Interrupted, Loop, evaluate, learning_rate, train
+from npmamba.train import MEASURED, Interrupted, Loop, evaluate, learning_rate, train
 from npmamba.vocabulary import Vocabulary
 
 TEXT = "the quick brown fox jumps over the lazy dog.\nwhat a day for a fox!\n" * 40
@@ -99,14 +101,16 @@ def test_training_lowers_the_loss_and_leaves_a_whole_folder(text, tmp_path):
     assert {p.name for p in run.folder.iterdir()} == names
     assert bits(load_model(run.folder)[1]) == bits(run.params)
     final = figures(run.folder)[-1]
-    assert final == {"step": 60, "validation_loss": evaluate(run, FINAL), "final": True}
+    loss, count = evaluate(run)
+    assert final == {"step": 60, "validation_loss": loss, "tokens": count, "final": True}
+    assert count == len(run.corpus.validation) - 1
 
 
 def test_dropout_acts_in_training_only(text, tmp_path):
     run = finished(text, tmp_path / "a", dropout=0.5)
     plain = finished(text, tmp_path / "b")
     assert bits(run.params) != bits(plain.params)
-    assert evaluate(run, FINAL) == evaluate(run, FINAL)
+    assert evaluate(run) == evaluate(run)
 
 
 def test_float64_is_trained_in_float64(text, tmp_path):
@@ -117,12 +121,34 @@ def test_float64_is_trained_in_float64(text, tmp_path):
 def test_evaluation_is_the_mean_over_every_token_but_the_first(text, tmp_path):
     run = runs.create(config(text, tmp_path / "run"))
     tokens = run.corpus.validation[:60]
+    run.corpus = replace(run.corpus, validation=tokens)
     total = 0.0
     for start in range(0, 59, 16):
         x, y = tokens[start : start + 16][None], tokens[start + 1 : start + 17]
         scores = logits(run.params, run.model, x[:, : len(y)])[0].astype(np.float64)
         total -= (scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))[range(len(y)), y].sum()
-    assert evaluate(run, 59) == pytest.approx(total / 59, rel=1e-5)
+    assert evaluate(run) == (pytest.approx(total / 59, rel=1e-5), 59)
+
+
+@given(st.integers(20, 2000), st.integers(1, 500))
+def test_a_part_of_a_long_validation_text_is_spread_over_all_of_it(size, most):
+    asked = []
+
+    def loss(params, model, x, y):
+        asked.extend(y[y != IGNORE_INDEX].tolist())
+        return 1.0
+
+    corpus = types.SimpleNamespace(validation=np.arange(size, dtype=np.int32))
+    run = types.SimpleNamespace(
+        config=TrainConfig(context=16, batch=3), corpus=corpus, params=None, model=None
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "loss", loss)
+        assert evaluate(run, most) == (1.0, len(asked))
+    assert len(asked) <= max(most, 16)
+    assert asked[0] == 1
+    gap = max(np.diff([*asked, size]), default=1)
+    assert gap <= 2 * 16 * max(1, size / max(most, 16)) + 16
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(text, tmp_path):
