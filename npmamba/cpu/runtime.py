@@ -125,7 +125,7 @@ def num_threads() -> int:
     if _threads is not None:
         return _threads
     if named := os.environ.get("NPMAMBA_NUM_THREADS"):
-        if not named.isdigit() or int(named) < 1:
+        if not named.isdecimal() or int(named) < 1:
             raise ValueError(f"NPMAMBA_NUM_THREADS must be a whole number from 1 up, got {named!r}")
         return int(named)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -186,7 +186,8 @@ def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int)
         run()
     finally:
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not begun would find nothing left to do
+                other.result()
 
 
 # --- memory ---
