@@ -389,8 +389,9 @@ def _exp2_product_small_float32(x, y):
 @scalar.formula
 def _exp2_product_float32(x, y):
     power, exponent = _exp2_product_small_float32(x, y), x * y
-    power = select(exponent >= cast(128, x), cast(np.inf, x), power)
-    return select(exponent < cast(-126, x), cast(0, x), power)
+    low = select(exponent < cast(0, x), cast(0, x), exponent)  # as in `_exp2_float32`, a NaN comes out as it went in
+    power = select(exponent >= cast(-126, x), power, low)
+    return select(exponent >= cast(128, x), cast(np.inf, x), power)
 
 
 @scalar.formula
