@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from npmamba.cpu.runtime import inner, tight
-from npmamba.cpu.simd import load, pick, prefetch, store, total, width
+from npmamba.cpu.simd import accumulate, load, pick, prefetch, store, total, width
 from npmamba.scalar import (
     cast,
-    exp2,
     fma,
     phi,
     phi_derivative,
     readout,
+    select,
     sigmoid,
     silu,
     silu_derivative,
@@ -55,23 +57,44 @@ def load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C):
 
 @inner
 def load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile):
-    """Fill a tile's delta = softplus(raw + bias), inputs = delta u, and y = D u."""
+    """Fill a tile's delta = softplus(raw + bias), inputs = delta u, and y = D u; return the largest |delta|."""
     skip = load(D, (d,), count)
     shift = load(bias, (d,), count)
-    last = order.shape[1] - 1
+    reach = cast(0, skip)
     for i in range(steps):
         t = order[row, t0 + i]
-        ahead = order[row, min(t0 + i + TILE, last)]
-        prefetch(u, (b, ahead, d))
-        prefetch(raw_delta, (b, ahead, d))
         x = load(u, (b, t, d), count)
         step = load(raw_delta, (b, t, d), count) + shift
         if softplus_on:
             step = softplus(step)
+        step = select(step == step, step, cast(np.nan, step))  # the one NaN that exp2_product_small keeps
+        reach = larger(reach, magnitude(step))
         put(tile, DELTA, i, step)
         put(tile, INPUTS, i, step * x)
         put(tile, Y, i, skip * x)
         put(tile, U, i, x)
+    return reach
+
+
+@tight
+def magnitude(x):
+    """|x|"""
+    return select(x < cast(0, x), -x, x)
+
+
+@tight
+def larger(x, y):
+    """The larger of two numbers, `x` if `y` is NaN"""
+    return select(y > x, y, x)
+
+
+@inner
+def prefetch_rows(x, b, order, row, t0, steps, d0, vectors, part, parts):
+    """Ask for one of `parts` parts of a tile's rows: spread over the loops before it, they come in time unnoticed."""
+    for i in range(part * steps // parts, (part + 1) * steps // parts):
+        t = order[row, t0 + i]
+        for v in range(vectors):
+            prefetch(x, (b, t, d0 + v * width(x)))
 
 
 @inner
@@ -86,10 +109,11 @@ def segments(fresh, row, t0, steps, bounds):
     return count
 
 
-def make_state_pass(zoh: bool, constant: bool) -> Any:
+def make_state_pass(zoh: bool, constant: bool, power: Any) -> Any:
     """Build the inner loop: one state of one vector of channels runs through steps `lo` to `hi` of a tile.
 
-    With `constant`, B and C have a factor per channel beside the one per step.
+    With `constant`, B and C have a factor per channel beside the one per step. `power` is `exp2_product`, or the faster
+    one that gives the same bits where no exponent of the tile is beyond 126.
     """
 
     @inner
@@ -103,14 +127,14 @@ def make_state_pass(zoh: bool, constant: bool) -> Any:
             if constant:
                 inflow = inflow * b
                 gain = gain * c
-            h = state_step(exp2(step * a2), h, inflow)
+            h = state_step(power(step, a2), h, inflow)
             put(tile, Y, i, readout(gain, h, get(tile, Y, i)))
         return h
 
     return state_pass
 
 
-def make_state_pass_back(zoh: bool, constant: bool) -> Any:
+def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
     """Build the two inner loops of the backward pass for one state of one vector of channels, steps `lo` to `hi`.
 
     First the decays and states of the run are computed again, then time is walked back:
@@ -128,7 +152,7 @@ def make_state_pass_back(zoh: bool, constant: bool) -> Any:
                 inflow = inflow * phi(step * a)
             if constant:
                 inflow = inflow * b
-            decay = exp2(step * a2)
+            decay = power(step, a2)
             h = state_step(decay, h, inflow)
             put(tile, DECAY, i, decay)
             put(tile, STATE, i + 1, h)
@@ -137,7 +161,7 @@ def make_state_pass_back(zoh: bool, constant: bool) -> Any:
                 if constant:
                     gain = gain * c
                 put(tile, Y, i, readout(gain, h, get(tile, Y, i)))
-        dA, dB_factor, dC_factor = load(sums, (0, 0)), load(sums, (1, 0)), load(sums, (2, 0))
+        dA, dB_factor, dC_factor = cast(0, a), cast(0, a), cast(0, a)
         for j in range(hi - lo):
             i = hi - 1 - j
             place = ((n * TILE + i) * w,)
@@ -174,9 +198,10 @@ def make_state_pass_back(zoh: bool, constant: bool) -> Any:
             dA = fma(p, step, dA)
             put(tile, DSTEP, i, fma(p, a, dstep))
             g = decayed
-        store(sums, (0, 0), dA)
-        store(sums, (1, 0), dB_factor)
-        store(sums, (2, 0), dC_factor)
+        accumulate(sums, (3 * n, 0), dA)
+        if constant:
+            accumulate(sums, (3 * n + 1, 0), dB_factor)
+            accumulate(sums, (3 * n + 2, 0), dC_factor)
         return g
 
     return state_pass_back
@@ -188,7 +213,6 @@ def load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile):
     for i in range(steps):
         t = order[row, t0 + i]
         cotangent = load(dout, (b, t, d), count)
-        prefetch(dout, (b, order[row, max(t0 + i - TILE, 0)], d))
         if z.shape[0]:
             cotangent = cotangent * silu(load(z, (b, t, d), count))
         put(tile, DY, i, cotangent)
@@ -216,15 +240,8 @@ def store_input_gradients(
             store(dz, (b, t, d), load(dout, (b, t, d), count) * get(tile, Y, i) * silu_derivative(gate), count)
         dD = fma(cotangent, x, dD)
         dbias = dbias + gradient
-    store(sums, (3, 0), dD)
-    store(sums, (4, 0), dbias)
-
-
-@inner
-def add_to(long, v, k, short, row, lanes):
-    """Add a tile's sum to the float64 sum over all tiles."""
-    for lane in range(lanes):
-        long[v, k, lane] += short[row, lane]
+    accumulate(sums, (sums.shape[0] - 2, 0), dD)
+    accumulate(sums, (sums.shape[0] - 1, 0), dbias)
 
 
 @inner

@@ -21,28 +21,30 @@ from npmamba.cpu.scan_tile import (
     SLOTS,
     TILE,
     Y,
-    add_to,
     get,
     load_cotangents,
     load_inputs,
     load_maps,
+    magnitude,
     make_state_pass,
     make_state_pass_back,
+    prefetch_rows,
     segments,
     store_input_gradients,
     store_map_gradients,
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
-from npmamba.cpu.simd import LANES, load, store, width
-from npmamba.scalar import cast, silu
+from npmamba.cpu.simd import LANES, any_lane, load, store, width
+from npmamba.scalar import cast, exp2_product, exp2_product_small, silu
 from npmamba.shapes import compute_dtype
 
-BLOCK_VECTORS = 8
+BLOCK_VECTORS = 16
 """Vectors of channels per task."""
 
 
 def _make_forward(zoh: bool, constant: bool) -> Kernel:
-    state_pass = make_state_pass(zoh, constant)
+    state_pass = make_state_pass(zoh, constant, exp2_product)
+    state_pass_small = make_state_pass(zoh, constant, exp2_product_small)
 
     def _forward(
         start: Int,
@@ -82,19 +84,27 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
             b, block = task // blocks.shape[0], task % blocks.shape[0]
             d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
             row = b % order.shape[0]
-            for v in range((d1 - d0 + w - 1) // w):
+            vectors = (d1 - d0 + w - 1) // w
+            for v in range(vectors):
                 d = d0 + v * w
                 for n in range(dstate):
                     store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
             for t0 in range(0, steps_of[row], TILE):
                 steps = min(TILE, steps_of[row] - t0)
+                rest = min(TILE, steps_of[row] - t0 - steps)
                 runs = segments(fresh, row, t0, steps, bounds)
                 load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
-                for v in range((d1 - d0 + w - 1) // w):
+                for v in range(vectors):
                     d = d0 + v * w
                     count = d1 - d
-                    load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
+                    reach = load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
                     for n in range(dstate):
+                        part, parts = v * dstate + n, vectors * dstate
+                        prefetch_rows(u, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
+                        prefetch_rows(raw_delta, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
+                        prefetch_rows(out, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
+                        if z.shape[0]:
+                            prefetch_rows(z, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
                         state = load(h, (v, n, 0))
                         if checkpoints.shape[0]:
                             store(checkpoints, (b, t0 // TILE, n, d), state, count)
@@ -104,7 +114,10 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                             lo, hi = bounds[run], bounds[run + 1]
                             if fresh[row, t0 + lo]:
                                 state = cast(0, state)
-                            state = state_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
+                            if any_lane(magnitude(a2) * reach > cast(126, a2)):
+                                state = state_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
+                            else:
+                                state = state_pass_small(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
                         store(h, (v, n, 0), state)
                     for i in range(steps):
                         t = order[row, t0 + i]
@@ -112,7 +125,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                         if z.shape[0]:
                             value = value * silu(load(z, (b, t, d), count))
                         store(out, (b, t, d), value, count)
-            for v in range((d1 - d0 + w - 1) // w):
+            for v in range(vectors):
                 d = d0 + v * w
                 for n in range(dstate):
                     store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
@@ -121,7 +134,8 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
 
 
 def _make_backward(zoh: bool, constant: bool) -> Kernel:
-    state_pass_back = make_state_pass_back(zoh, constant)
+    state_pass_back = make_state_pass_back(zoh, constant, exp2_product)
+    state_pass_back_small = make_state_pass_back(zoh, constant, exp2_product_small)
 
     def _backward(
         start: Int,
@@ -165,7 +179,6 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
         tile = scratch((SLOTS * (TILE + 1) * w,), u)
         dB, dC = scratch((dstate * TILE * w,), u), scratch((dstate * TILE * w,), u)
         carry = scratch((BLOCK_VECTORS, dstate, w), u)
-        sums = scratch((5, w), u)
         long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
         bounds = np.empty(TILE + 1, np.int64)
         gated = z.shape[0] > 0
@@ -187,36 +200,43 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                 dB[:] = 0.0
                 dC[:] = 0.0
                 for v in range(vectors):
-                    d, count = d0 + v * w, d1 - d0 - v * w
-                    load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
+                    d, count, sums = d0 + v * w, d1 - d0 - v * w, long[v]
+                    reach = load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
                     load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile)
                     for n in range(dstate):
                         a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
                         bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                        part, parts, t1, rest = v * dstate + n, vectors * dstate, t0 - TILE, min(TILE, t0)
+                        prefetch_rows(u, b, order, row, t1, rest, d0, vectors, part, parts)
+                        prefetch_rows(raw_delta, b, order, row, t1, rest, d0, vectors, part, parts)
+                        prefetch_rows(dout, b, order, row, t1, rest, d0, vectors, part, parts)
+                        prefetch_rows(du, b, order, row, t1, rest, d0, vectors, part, parts)
+                        prefetch_rows(ddelta, b, order, row, t1, rest, d0, vectors, part, parts)
+                        if gated:
+                            prefetch_rows(z, b, order, row, t1, rest, d0, vectors, part, parts)
+                            prefetch_rows(dz, b, order, row, t1, rest, d0, vectors, part, parts)
                         zero = cast(0, a)
-                        store(sums, (0, 0), zero)
-                        store(sums, (1, 0), zero)
-                        store(sums, (2, 0), zero)
                         g = load(carry, (v, n, 0))
                         for r in range(runs):
                             run = runs - 1 - r
                             lo, hi = bounds[run], bounds[run + 1]
                             first = fresh[row, t0 + lo] != 0
                             h = zero if first else load(checkpoints, (b, t0 // TILE, n, d), count)
-                            g = state_pass_back(
-                                h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
-                            )
+                            if any_lane(magnitude(a2) * reach > cast(126, a2)):
+                                g = state_pass_back(
+                                    h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
+                                )
+                            else:
+                                g = state_pass_back_small(
+                                    h, g, a, a2, bf, cf, tile, tile_B, tile_C, dB, dC, sums, n, lo, hi, gated
+                                )
                             if first:
                                 g = zero
                         store(carry, (v, n, 0), g)
-                        for q in range(3):
-                            add_to(long, v, q * dstate + n, sums, q, w)
                     store_input_gradients(
                         raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
                         tile, du, ddelta, dz, sums,
                     )  # fmt: skip
-                    add_to(long, v, 3 * dstate, sums, 3, w)
-                    add_to(long, v, 3 * dstate + 1, sums, 4, w)
                 store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts)
             for v in range(vectors):
                 d, count = d0 + v * w, d1 - d0 - v * w
@@ -225,7 +245,7 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                 for lane in range(min(w, count)):
                     for n in range(dstate):
                         for q in range(3):
-                            dA_parts[q, b, n, d + lane] = long[v, q * dstate + n, lane]
+                            dA_parts[q, b, n, d + lane] = long[v, 3 * n + q, lane]
                     for q in range(2):
                         dchannel_parts[q, b, d + lane] = long[v, 3 * dstate + q, lane]
 

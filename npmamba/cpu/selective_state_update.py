@@ -16,7 +16,7 @@ from npmamba.cpu.layout import native
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Real, Write, empty, inner, launch, scratch
 from npmamba.cpu.schedule import channel_blocks
 from npmamba.cpu.simd import LANES, load, store, width
-from npmamba.scalar import cast, exp2, phi, readout, select, silu, softplus, state_step
+from npmamba.scalar import cast, exp2_product, phi, readout, select, silu, softplus, state_step
 from npmamba.shapes import compute_dtype
 
 BLOCK_VECTORS = 8
@@ -101,7 +101,7 @@ def _make_step(zoh: bool, constant: bool) -> Kernel:
                         inflow = inflow * phi(step * select(a < cast(lowest, a), cast(lowest, a), a))
                     if constant:
                         inflow, gain = inflow * load(factors, (0, n, 0)), gain * load(factors, (1, n, 0))
-                    new = state_step(exp2(step * a2), load(h, (n, 0)), inflow)
+                    new = state_step(exp2_product(step, a2), load(h, (n, 0)), inflow)
                     store(h, (n, 0), new)
                     y = readout(gain, new, y)
                 if z.shape[0]:

@@ -141,6 +141,11 @@ def store(a: np.ndarray, index: tuple[int, ...], value: Any, count: int | None =
     a[index[:-1]][index[-1] : index[-1] + count] = value[:count]
 
 
+def accumulate(a: np.ndarray, index: tuple[int, ...], value: Any) -> None:
+    """Add a vector to the float64 array `a` at ``a[index]`` along the last axis."""
+    a[index[:-1]][index[-1] : index[-1] + len(value)] += value
+
+
 def pick(a: np.ndarray, i: int) -> Any:
     """Read ``a[i]`` of a one-dimensional C-contiguous array; unlike NumPy's index, `i` is taken as it is."""
     return a[i]
@@ -206,6 +211,19 @@ def _emit_store(context, builder, sig, args):
     return context.get_dummy_value()
 
 
+def _emit_accumulate(context, builder, sig, args):
+    wide = ir.VectorType(ir.DoubleType(), sig.args[2].lanes)
+    pointer = builder.bitcast(_pointer(context, builder, sig, args), wide.as_pointer())
+    value = args[2] if args[2].type == wide else builder.fpext(args[2], wide)
+    builder.store(builder.fadd(builder.load(pointer, align=8), value), pointer, align=8)
+    return context.get_dummy_value()
+
+
+def _accumulate_result(a, index, value):
+    fits = _is_place(a, index) and a.mutable and a.dtype == types.float64 and isinstance(value, VectorType)
+    return types.none if fits else None
+
+
 def _emit_pick(context, builder, sig, args):
     struct = context.make_array(sig.args[0])(context, builder, args[0])
     return builder.load(builder.gep(struct.data, [context.cast(builder, args[1], sig.args[1], types.intp)]))
@@ -225,7 +243,7 @@ def _store_result(a, index, value, count=None):
 
 def _emit_prefetch(context, builder, sig, args):
     pointer = builder.bitcast(_pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
-    flags = [ir.Constant(I32, k) for k in (0, 3, 1)]  # read, keep in all caches, data
+    flags = [ir.Constant(I32, k) for k in (0, 2, 1)]  # read, into the second-level cache, data
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
     return context.get_dummy_value()
 
@@ -252,6 +270,7 @@ def _emit_width(context, builder, sig, args):
 _define(width, lambda a: types.intp, _emit_width)
 _define(load, lambda a, index, count=None: VECTORS[a.dtype] if _is_place(a, index) else None, _emit_load)
 _define(store, _store_result, _emit_store)
+_define(accumulate, _accumulate_result, _emit_accumulate)
 _define(pick, _pick_result, _emit_pick)
 _define(prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch)
 _define(any_lane, lambda mask: types.boolean, _emit_any_lane)
