@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.autodiff.tape import Traced, primitive
-from npmamba.backend import array_module
+from npmamba.backend import array_module, twin
 from npmamba.shapes import HALF
 
 
@@ -49,8 +49,11 @@ def _total(x: Any, axis: Any, keepdims: bool = False) -> Any:
 
 def _product(x: Any, y: Any) -> Any:
     """Return ``x @ y``; NumPy has no half-precision product worth using, so it gets single precision."""
-    if isinstance(x, np.ndarray) and x.dtype == y.dtype and x.dtype.name in HALF:
-        return (x.astype(np.float32) @ y.astype(np.float32)).astype(x.dtype)
+    if isinstance(x, np.ndarray) and x.dtype == y.dtype:
+        if x.dtype.name in HALF:
+            return (x.astype(np.float32) @ y.astype(np.float32)).astype(x.dtype)
+        if x.ndim == y.ndim == 2 and x.dtype.name in ("float32", "float64") and x.dtype.isnative and y.dtype.isnative:
+            return twin("matmul", x).matmul(x, y)
     return x @ y
 
 

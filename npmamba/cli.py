@@ -55,12 +55,14 @@ def _guarded(command: str, run: Callable[[], int]) -> int:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set what thread pools read when they start; what the user has set stands, unless `threads` is given."""
-    # An idle BLAS worker spins 2^n cycles before it sleeps; it must not keep the kernels' cores busy.
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    """Set what thread pools read when they start; what the user has set stands, unless `threads` is given.
+
+    BLAS gets one thread: the kernels' threads divide the matrix products, see `npmamba.cpu.matmul`.
+    """
+    for name in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{name}_NUM_THREADS", "1")
     if threads is not None:
-        for name in ("NPMAMBA", "OMP", "OPENBLAS", "MKL"):
-            os.environ[f"{name}_NUM_THREADS"] = str(threads)
+        os.environ["NPMAMBA_NUM_THREADS"] = str(threads)
 
 
 def _fail(command: str, message: str, code: int) -> int:

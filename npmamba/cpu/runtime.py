@@ -168,20 +168,25 @@ def launch(declared: Kernel, dtype: Any, tasks: int, *arguments: Any, work: int)
     work : int
         About how many numbers all tasks touch together; decides whether threads are worth waking.
     """
-    global _pool
     compiled, threads = declared[dtype], min(num_threads(), tasks)
     if threads <= 1 or work < SERIAL_WORK:
         compiled(0, tasks, *arguments)
-        return
+    else:
+        share(lambda start, stop: compiled(start, stop, *arguments), tasks, threads * PIECES_PER_THREAD)
+
+
+def share(work: Callable[[int, int], None], tasks: int, pieces: int) -> None:
+    """Call ``work(start, stop)`` for `pieces` pieces of ``0 .. tasks - 1``, each by the thread that is free first."""
+    global _pool
+    pieces = min(tasks, pieces)
     pool = _pool = _pool or ThreadPoolExecutor(num_threads(), "npmamba")
-    pieces = min(tasks, threads * PIECES_PER_THREAD)
     ticket = itertools.count()
 
     def run() -> None:
         while (piece := next(ticket)) < pieces:
-            compiled(piece * tasks // pieces, (piece + 1) * tasks // pieces, *arguments)
+            work(piece * tasks // pieces, (piece + 1) * tasks // pieces)
 
-    others = [pool.submit(run) for _ in range(threads - 1)]
+    others = [pool.submit(run) for _ in range(min(num_threads(), pieces) - 1)]
     try:
         run()
     finally:
