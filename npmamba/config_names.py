@@ -44,7 +44,7 @@ _SSM = (
     "d_state", "d_conv", "expand", "conv_bias", "bias",
     "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor",
 )  # fmt: skip
-_OURS = ("vocab_size", "pad_vocab_size_multiple", "discretization", "dropout")
+_OURS = ("vocab_size", "pad_vocab_size_multiple", "discretization", "dropout", "rescale_prenorm_residual")
 # What a file may say and npmamba can do.
 _HONOURED: dict[str, tuple[Any, ...]] = {
     "model_type": ("mamba",),
@@ -109,6 +109,7 @@ def write(config: Any, dtype: str) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()},
         "intermediate_size": config.d_inner,
         "hidden_act": "silu",
+        "rescale_prenorm_residual": False,  # transformers would rescale the weights it loads, see _OURS
         "torch_dtype": dtype,
         "npmamba": {name: getattr(config, name) for name in _OURS},
     }

@@ -152,7 +152,10 @@ def test_the_written_file_is_what_transformers_reads() -> None:
     assert (data["hidden_size"], data["intermediate_size"], data["num_hidden_layers"]) == (32, 64, 2)
     assert data["npmamba"] == {
         "vocab_size": 65, "pad_vocab_size_multiple": 8, "discretization": "zoh", "dropout": 0.0,
+        "rescale_prenorm_residual": True,
     }  # fmt: skip
+    assert data["rescale_prenorm_residual"] is False  # transformers would rescale the weights that it loads
+    assert MambaConfig.from_dict(data).rescale_prenorm_residual
     assert set(PUBLISHED_HF) - set(data) <= {
         "d_inner", "d_model", "n_layer", "fused_add_norm", "pad_vocab_size_multiple", "rms_norm", "ssm_cfg",
         "transformers_version", "use_cache",

@@ -110,11 +110,11 @@ def in_float64(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_agrees(case: dict[str, Any]) -> None:
-    """The kernels agree with the reference for a case in float32: there y to 1e-6 and gradients to 3e-6, and to 1e-13
+    """The kernels agree with the reference for a case in float32: there y to 1e-6 and gradients to 3e-6, and to 1e-14
     when they are given the same numbers in float64."""
     assert case["u"].dtype == np.float32
     wanted, scale = expected(case), magnitudes(case)
-    for same, limit_y, limit in ((case, 1e-6, 3e-6), (in_float64(case), 1e-13, 1e-13)):
+    for same, limit_y, limit in ((case, 1e-6, 3e-6), (in_float64(case), 1e-14, 1e-14)):
         got = everything(same)
         assert got.keys() == wanted.keys()
         for name, x in got.items():
@@ -182,7 +182,7 @@ def test_more_than_65535_rows_or_channels(batch, dim):
 
 @pytest.mark.parametrize(("B", "C"), [("variable", "variable"), ("constant", 2), (4, "constant")])
 def test_zoh_is_the_matrix_exponential(B, C):
-    case = new_case(5, 2, 4, 9, 3, dtype=np.float64, B=B, C=C, D=True, initial_state=True, discretization="zoh")
+    case = new_case(5, 1, 4, 7, 3, dtype=np.float64, B=B, C=C, D=True, initial_state=True, discretization="zoh")
     names = ("u", "delta", "A", "B", "C", "D", "initial_state")
     exact = reference.exact_zoh(**{name: case[name] for name in names})
     for got, wanted in zip(forward(case).values(), exact, strict=True):
