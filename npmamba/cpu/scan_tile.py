@@ -31,7 +31,7 @@ TILE = 64
 """Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
 
 DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
-"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) less what the input adds, decays, states."""
+"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), decays, states."""
 
 
 @tight
@@ -184,9 +184,10 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
             if zoh:
                 x = step * a
                 response = phi(x)
-                dx = Bg * get(tile, U, i) * step * phi_derivative(x)
+                Bgu = Bg * get(tile, U, i)
+                dx = Bgu * step * phi_derivative(x)
                 dA = fma(dx, step, dA)
-                dstep = fma(dx, a, dstep)
+                dstep = fma(Bgu, get(tile, DECAY, i), dstep)  # phi + x phi' = e^x: its two terms would cancel
                 Bg = Bg * response
                 source = source * response
             if constant:
@@ -222,7 +223,7 @@ def load_cotangents(dout, z, b, d, order, row, t0, steps, count, tile):
 
 @inner
 def store_input_gradients(
-    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count, tile, du, ddelta, dz, sums
+    raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, zoh, count, tile, du, ddelta, dz, sums
 ):
     """Turn a tile's sums over the states into du, ddelta, dz, and its share of dD and dbias."""
     skip, shift = load(D, (d,), count), load(bias, (d,), count)
@@ -231,7 +232,9 @@ def store_input_gradients(
         t = order[row, t0 + i]
         x, cotangent, share = get(tile, U, i), get(tile, DY, i), get(tile, DINPUT, i)
         store(du, (b, t, d), fma(get(tile, DELTA, i), share, skip * cotangent), count)
-        gradient = fma(x, share, get(tile, DSTEP, i))
+        gradient = get(tile, DSTEP, i)
+        if not zoh:
+            gradient = fma(x, share, gradient)
         if softplus_on:
             gradient = gradient * sigmoid(load(raw_delta, (b, t, d), count) + shift)
         store(ddelta, (b, t, d), gradient, count)

@@ -234,7 +234,7 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                                 g = zero
                         store(carry, (v, n, 0), g)
                     store_input_gradients(
-                        raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, count,
+                        raw_delta, z, dout, bias, D, b, d, order, row, t0, steps, softplus_on, zoh, count,
                         tile, du, ddelta, dz, sums,
                     )  # fmt: skip
                 store_map_gradients(dB, dC, order, row, t0, steps, b, block, dB_parts, dC_parts)
