@@ -20,7 +20,7 @@ class Silent:
         """Show one line that stays."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Take the figures of one training step: step, total, loss, tokens_per_second, seconds_left."""
+        """Take the figures of one training step: step, total, done, loss, tokens_per_second, seconds_left."""
 
     def validation(self, metrics: Mapping[str, Any]) -> None:
         """Take a validation loss: step, validation_loss."""
@@ -98,8 +98,8 @@ class Live(Silent):
 
         total = metrics["total"]
         head = Table.grid(padding=(0, 2))
-        of = f"{metrics['step']:,} of {total:,}" if total else f"{metrics['step']:,}, measuring speed"
-        head.add_row(ProgressBar(total, metrics["step"], width=40, pulse=not total), of, left(metrics))
+        of = f"step {metrics['step']:,}" + (f" of {total:,}" if total else "")
+        head.add_row(ProgressBar(1.0, metrics["done"], width=40), of, left(metrics))
         body = Table.grid(padding=(0, 2))
         body.add_row(
             Text("loss", style="dim"),

@@ -23,6 +23,7 @@ from npmamba.config import MambaConfig
 from npmamba.corpus import Corpus, read_corpus
 from npmamba.files import atomic_write
 from npmamba.lm import init_params
+from npmamba.plan import Plan
 from npmamba.settings import TrainConfig, flag
 from npmamba.streaming import VOCABULARY
 
@@ -35,8 +36,10 @@ class Run:
 
     Attributes
     ----------
-    step, total : int
-        Steps done, and in all; `total` is None until the time budget is turned into steps.
+    step : int
+        Steps done.
+    plan : Plan or None
+        None until the time budget is turned into steps.
     seconds : float
         Time spent in steps, over all sittings.
     history : list of dict
@@ -50,9 +53,14 @@ class Run:
     params: dict[str, Any]
     moments: AdamWState | None = None
     step: int = 0
-    total: int | None = None
+    plan: Plan | None = None
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int | None:
+        """The number of steps in all, None until it is planned."""
+        return self.plan and self.plan.total
 
     def record(self, **metrics: Any) -> None:
         """Append figures to ``metrics.jsonl``."""
@@ -64,7 +72,7 @@ class Run:
         """Write the checkpoint and the model, each whole or not at all."""
         extra = {
             "settings": asdict(self.config),
-            "total": self.total,
+            "plan": self.plan,
             "seconds": self.seconds,
             "text": self.corpus.digest,
         }
@@ -164,7 +172,8 @@ def resume(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     if corpus.digest != state.extra["text"]:
         raise ValueError(f"the text {corpus.name} has changed since {folder} was started, so it cannot go on")
     moments = None if state.opt_state is None else AdamWState(**state.opt_state)
-    kept = {"step": state.step, "total": state.extra["total"], "seconds": state.extra["seconds"]}
+    plan = state.extra["plan"] and Plan(**state.extra["plan"])
+    kept = {"step": state.step, "plan": plan, "seconds": state.extra["seconds"]}
     history = _read_metrics(folder, state.step)
     params, moments = on_backend(config.backend, (state.params, moments))
     return Run(config, folder, corpus, state.config, params, moments, history=history, **kept)

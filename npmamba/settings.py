@@ -61,7 +61,7 @@ class TrainConfig:
     d_model: int = _option(128, int, "width of the model", low=1)
     layers: int = _option(4, int, "number of Mamba blocks", low=1)
     d_state: int = _option(16, int, "states per channel", low=1, high=256)
-    lr: float = _option(0.012, float, "peak learning rate", low=0.0)
+    lr: float = _option(0.01, float, "peak learning rate", low=0.0)
     warmup: int = _option(50, int, "steps of linear warm-up", low=0)
     weight_decay: float = _option(0.1, float, "decoupled weight decay, on matrices only", low=0.0)
     dropout: float = _option(0.0, float, "dropout rate", low=0.0, high=0.99)

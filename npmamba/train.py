@@ -2,7 +2,7 @@
 
 Every number that reaches the weights is a pure function of the settings, the text and the step: batches and dropout
 are drawn from (seed, step), the learning rate follows from the step. Time decides one thing only, once: how many
-steps fit a time budget. That number is settled during the warm-up, before any update depends on it, and kept.
+steps fit a time budget. That plan is made before any update depends on it, and kept; see `npmamba.plan`.
 """
 
 from __future__ import annotations
@@ -18,44 +18,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from npmamba import lm
-from npmamba.autodiff import adamw, clip_by_global_norm, decay_mask, value_and_grad, warmup_cosine
+from npmamba.autodiff import adamw, clip_by_global_norm, decay_mask, value_and_grad
 from npmamba.data import IGNORE_INDEX, batch_at, evaluation_windows
+from npmamba.plan import given_plan, is_due, learning_rate, settle
 from npmamba.progress import Silent
 from npmamba.runs import Run, on_backend
 from npmamba.settings import TrainConfig
 
-__all__ = ["Interrupted", "TrainConfig", "evaluate", "learning_rate", "train"]
+__all__ = ["Interrupted", "TrainConfig", "evaluate", "train"]
 
-MEASURED = 20  # steps whose time decides how many fit the budget
-UNTIMED = 3  # of these, the first ones: kernels compile in them
-FLOOR = 0.02  # the cosine ends at this fraction of the peak
+UNTIMED = 3  # first steps of a sitting, in which kernels compile
 EVALUATED, FINAL = 2**15, 2**18  # at most so many tokens are predicted for a validation loss, the last one
 
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is on disk."""
-
-
-def learning_rate(step: int, config: TrainConfig, total: int | None) -> float:
-    """Return the learning rate of the update after `step` updates, see `npmamba.autodiff.warmup_cosine`.
-
-    Parameters
-    ----------
-    step : int
-        Updates made so far.
-    config : TrainConfig
-    total : int or None
-        Number of steps in all; None while it is not decided, which is during the warm-up only.
-
-    Examples
-    --------
-    >>> config = TrainConfig(lr=1.0, warmup=10, steps=110)
-    >>> [round(learning_rate(s, config, 110), 2) for s in (0, 9, 10, 60, 110)]
-    [0.09, 0.91, 1.0, 0.51, 0.02]
-    """
-    warmup = max(config.warmup, MEASURED) if config.budget else min(config.warmup, (config.steps or 0) // 5)
-    end = max(total or 0, warmup + 1)
-    return warmup_cosine(config.lr, warmup, end, final=FLOOR * config.lr)(step)
 
 
 def train(run: Run, display: Silent | None = None, *, started: float | None = None) -> Run:
@@ -78,8 +55,8 @@ def train(run: Run, display: Silent | None = None, *, started: float | None = No
         If the loss is no longer finite.
     """
     display = display or Silent()
-    deadline = (time.perf_counter() if started is None else started) + (run.config.budget or math.inf)
-    loop = Loop(run, display, deadline)
+    begin = (time.perf_counter() if started is None else started) - run.seconds
+    loop = Loop(run, display, begin)
     with _stop_signals() as stop:
         while not loop.finished:
             loop.step()
@@ -117,23 +94,25 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 @dataclass
 class Loop:
-    """The steps of one run, with what they need and nothing that must be saved."""
+    """The steps of one run, with what they need and nothing that must be saved.
+
+    `begin` is when the time budget began, as if all sittings of the run were one.
+    """
 
     run: Run
     display: Silent
-    deadline: float
+    begin: float
     times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.run.config
         self.optimizer = adamw(
-            lambda step: learning_rate(step, config, self.run.total),
+            lambda step: learning_rate(step, config, self.run.plan),
             weight_decay=config.weight_decay,
             mask=decay_mask(self.run.params),
         )
         self.gradient = value_and_grad(lm.loss)
-        if config.budget is None or (config.steps or math.inf) <= MEASURED:
-            self.run.total = config.steps
+        self.run.plan = self.run.plan or given_plan(config)
         if self.run.moments is None:
             self.run.moments = self.optimizer.init(self.run.params)
 
@@ -143,7 +122,7 @@ class Loop:
         return self.run.total is not None and self.run.step >= self.run.total
 
     def step(self) -> None:
-        """Do one step, and what is due after it: fix the number of steps, evaluate, save."""
+        """Do one step, and what is due after it: make the plan, evaluate, save."""
         run, config = self.run, self.run.config
         began = time.perf_counter()
         loss, norm = self._update()
@@ -152,10 +131,9 @@ class Loop:
             raise ValueError(
                 f"the loss became {loss} at step {run.step}; try a smaller --lr than {config.lr:g}"
             )
-        if run.total is None and run.step >= MEASURED:
-            run.total = self._fit()
-            run.save()
-        run.seconds += time.perf_counter() - began
+        run.seconds += self.times[-1]
+        if run.plan is None and is_due(config, run.step, time.perf_counter() - self.begin):
+            self._make_plan()
         self._report(loss, norm)
         if config.eval_every and run.step % config.eval_every == 0 and not self.finished:
             validation, _ = evaluate(run, EVALUATED)
@@ -175,18 +153,13 @@ class Loop:
         run.step += 1
         return float(loss), float(norm)
 
-    def _fit(self) -> int:
-        """Decide how many steps fit the time that is left, validation and the end included."""
-        config = self.run.config
+    def _make_plan(self) -> None:
+        config, size = self.run.config, len(self.run.corpus.validation)
         each = statistics.fmean(self.times[UNTIMED:] or self.times)
-        token = each / (3 * config.batch * config.context)  # a forward pass is about a third of a step
-        size = len(self.run.corpus.validation)
-        end = token * min(size, FINAL) + 4.0
-        if config.eval_every:
-            each += token * min(size, EVALUATED) / config.eval_every
-        left = self.deadline - time.perf_counter() - end
-        total = self.run.step + max(0, int(left / each))
-        return min(total, config.steps or total)
+        left = self.begin + (config.budget or math.inf) - time.perf_counter()
+        parts = {"validation": min(size, EVALUATED), "last": min(size, FINAL)}
+        self.run.plan = settle(config, self.run.step, each, left, **parts)
+        self.run.save()
 
     def _report(self, loss: float, norm: float) -> None:
         run, config = self.run, self.run.config
@@ -194,14 +167,17 @@ class Loop:
         metrics = {
             "step": run.step,
             "loss": loss,
-            "learning_rate": learning_rate(run.step - 1, config, run.total),
+            "learning_rate": learning_rate(run.step - 1, config, run.plan),
             "gradient_norm": norm,
             "tokens_per_second": config.batch * config.context / pace,
             "seconds": round(run.seconds, 3),
         }
         run.record(**metrics)
-        left = None if run.total is None else (run.total - run.step) * pace
-        self.display.step({**metrics, "total": run.total, "seconds_left": left})
+        spent = time.perf_counter() - self.begin
+        left, done = (config.budget or 0.0) - spent, spent / (config.budget or math.inf)
+        if run.total:
+            left, done = (run.total - run.step) * pace, run.step / run.total
+        self.display.step({**metrics, "total": run.total, "seconds_left": left, "done": done})
 
 
 def evaluate(run: Run, most: int = FINAL) -> tuple[float, int]:

@@ -228,7 +228,7 @@ def test_warmup_compiles_every_declared_kernel(monkeypatch, capsys):
 
 # --- progress ---
 
-STEP = {"step": 20, "total": 80, "loss": 2.5, "tokens_per_second": 31000.0, "seconds_left": 61}
+STEP = {"step": 20, "total": 80, "done": 0.25, "loss": 2.5, "tokens_per_second": 31000.0, "seconds_left": 61}
 
 
 def test_plain_lines_come_seldom_but_the_last_step_always_shows():

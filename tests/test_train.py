@@ -26,10 +26,11 @@ from npmamba.config import MambaConfig
 from npmamba.data import IGNORE_INDEX
 from npmamba.inspect import selectivity, step_sizes, time_constants
 from npmamba.lm import MambaLM, logits
+from npmamba.plan import LEAST, Plan, given_plan, learning_rate, settle
 from npmamba.progress import Silent
 from npmamba.settings import TrainConfig
 from npmamba.streaming import Tokenizer, pieces
-from npmamba.train import MEASURED, Interrupted, Loop, evaluate, learning_rate, train
+from npmamba.train import Interrupted, Loop, evaluate, train
 from npmamba.vocabulary import Vocabulary
 
 TEXT = "the quick brown fox jumps over the lazy dog.\nwhat a day for a fox!\n" * 40
@@ -243,48 +244,67 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(text, tmp_path):
     assert figures(out)[-1]["step"] == step
 
 
-# --- the budget ---
+# --- the plan ---
 
 
-@given(st.integers(0, MEASURED), st.integers(MEASURED, 10**6), st.integers(0, 200), st.floats(0.01, 100))
-def test_until_the_number_of_steps_is_fixed_no_rate_depends_on_it(step, total, warmup, minutes):
-    settings = TrainConfig(minutes=minutes, warmup=warmup)
-    if step < MEASURED:
-        assert learning_rate(step, settings, None) == learning_rate(step, settings, total)
+@given(st.integers(0, 300), st.integers(0, 200), st.integers(1, 10**6), st.floats(0.01, 100))
+def test_until_the_plan_is_made_no_rate_depends_on_it(step, more, rest, minutes):
+    settings = TrainConfig(minutes=minutes)
+    plan = Plan(held=step + 1 + more, total=step + 1 + more + rest)
+    assert learning_rate(step, settings, None) == learning_rate(step, settings, plan)
 
 
-@given(st.integers(2, 5000), st.integers(0, 100))
-def test_the_rate_rises_to_its_peak_and_falls_to_its_floor(steps, warmup):
+@given(st.integers(1, 5000), st.integers(0, 100))
+def test_the_rate_rises_to_its_peak_stays_and_falls_to_its_floor(steps, warmup):
     settings = TrainConfig(steps=steps, warmup=warmup, lr=1.0)
-    rates = [learning_rate(s, settings, steps) for s in range(steps)]
-    top = int(np.argmax(rates))
-    assert max(rates) == 1.0
-    assert top <= max(1, steps // 5)
-    assert all(np.diff(rates[: top + 1]) > 0)
-    assert all(np.diff(rates[top:]) < 0)
-    assert min(rates[top:]) >= 0.02
+    plan = given_plan(settings)
+    rates = np.array([learning_rate(s, settings, plan) for s in range(steps)])
+    top = np.flatnonzero(rates == 1.0)
+    assert top.size
+    assert top[0] <= steps // 5
+    assert (np.diff(top) == 1).all()
+    assert (np.diff(rates[: top[0] + 1]) > 0).all()
+    assert (np.diff(rates[top[-1] :]) < 0).all()
+    assert rates[top[-1] :].min() >= 0.02
+    assert learning_rate(steps, settings, plan) == pytest.approx(0.02)
 
 
-def test_a_budget_becomes_a_number_of_steps_that_is_kept(text, tmp_path):
+@given(
+    st.integers(20, 10**5), st.floats(1e-3, 10), st.floats(0, 1e5), st.integers(0, 500), st.integers(0, 10**6)
+)
+def test_a_plan_fills_the_time_that_is_left_and_no_more(step, each, left, eval_every, tokens):
+    settings = TrainConfig(eval_every=eval_every)
+    plan = settle(settings, step, each, left, min(tokens, 2**15), tokens)
+    rest, token = plan.total - step, each / (3 * 16 * 256)
+    evaluations = rest / eval_every if eval_every else 0
+    spent = rest * each + evaluations * token * min(tokens, 2**15) + token * tokens
+    assert plan.held == step
+    assert rest == 0 or spent <= left
+    assert spent + 3 * each + token * min(tokens, 2**15) + 4 > left
+
+
+def test_a_budget_becomes_a_plan_that_is_kept(text, tmp_path):
     run = runs.create(config(text, tmp_path / "run", steps=None, minutes=1.0, eval_every=0))
-    loop = Loop(run, Silent(), deadline=time.perf_counter() + 60)
-    assert run.total is None
-    for _ in range(MEASURED):
-        loop.times[:] = [1.0] * len(loop.times)
+    loop = Loop(run, Silent(), begin=time.perf_counter())
+    for _ in range(LEAST + 5):
         loop.step()
-    assert 50 < run.total < MEASURED + 60
-    assert load_training(run.folder).extra["total"] == run.total
-    assert runs.resume(run.folder, {}).total == run.total
+    assert run.plan is None
+    loop.begin -= 30
+    loop.step()
+    assert run.plan.held == LEAST + 6
+    assert run.total > run.plan.held
+    assert load_training(run.folder).extra["plan"] == run.plan._asdict()
+    assert runs.resume(run.folder, {}).plan == run.plan
 
 
 def test_a_spent_budget_still_ends_well(text, tmp_path):
     run = finished(text, tmp_path / "run", steps=None, minutes=0.0001)
-    assert run.step == MEASURED
+    assert run.step == LEAST
     assert math.isfinite(run.history[-1]["validation_loss"])
 
 
 def test_steps_cap_what_a_budget_allows(text, tmp_path):
-    assert finished(text, tmp_path / "a", steps=25, minutes=10.0).step == 25
+    assert finished(text, tmp_path / "a", steps=60, minutes=10.0).plan == (27, 60)
     assert finished(text, tmp_path / "b", steps=5, minutes=10.0).step == 5
 
 
