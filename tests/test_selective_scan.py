@@ -110,7 +110,7 @@ def in_float64(case: dict[str, Any]) -> dict[str, Any]:
     return {k: x.astype(np.float64) if getattr(x, "dtype", None) == np.float32 else x for k, x in case.items()}
 
 
-def assert_agrees(case: dict[str, Any]) -> None:
+def assert_agrees(case: dict[str, Any], amplified: float = 1.0) -> None:
     """The kernels agree with the reference for a case in float32: there y to 1e-6 and gradients to 3e-6, and to 1e-14
     when they are given the same numbers in float64."""
     assert case["u"].dtype == np.float32
@@ -122,7 +122,7 @@ def assert_agrees(case: dict[str, Any]) -> None:
             assert (x.shape, x.dtype) == (wanted[name].shape, same["u"].dtype), name
             size = max(scale[name], np.abs(wanted[name]).max(initial=0.0))
             error = np.abs(x - wanted[name]).max(initial=0.0)
-            allowed = (limit_y if name in ("y", "last_state") else limit) * size
+            allowed = amplified * (limit_y if name in ("y", "last_state") else limit) * size
             assert error <= allowed + VANISHING, f"{name} is off by {error / size:.2g}"
 
 
@@ -205,7 +205,8 @@ def test_growing_and_tiny_exponents_keep_their_accuracy(spec, seed):
 @settings(max_examples=40)
 @given(small)
 def test_decays_that_are_zero_beside_others_that_are_not(spec):
-    assert_agrees(with_fast_leaks(case_of(spec, np.float32), spec.seed))
+    """The error of e^x is |x| times that of x, and a state that lasts may owe all it has to an e^(-80)."""
+    assert_agrees(with_fast_leaks(case_of(spec, np.float32), spec.seed), amplified=50)
 
 
 @pytest.mark.parametrize("short", [np.float16, ml_dtypes.bfloat16])
