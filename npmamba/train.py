@@ -189,7 +189,7 @@ def evaluate(run: Run, most: int = FINAL) -> tuple[float, int]:
     """
     context, batch = run.config.context, run.config.batch
     inputs, targets = evaluation_windows(run.corpus.validation, context)
-    every = -(-targets.size // max(most, context))
+    every = max(1, -(-len(inputs) // max(1, most // context)))
     inputs, targets = inputs[::every], targets[::every]
     total, count = 0.0, int((targets != IGNORE_INDEX).sum())
     for start in range(0, len(inputs), batch):
