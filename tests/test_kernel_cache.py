@@ -17,6 +17,7 @@ from npmamba.cpu import cache
 from npmamba.cpu.runtime import Int, Kernel, Read, Write
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(cache.__file__).resolve().parent.parent
 PROGRAM = """
 import logging
 logging.basicConfig(level=logging.INFO)
@@ -181,8 +182,8 @@ def test_a_folder_that_cannot_be_written_costs_only_the_compilation(folder, capl
 def copy_of_the_sources(to: Path) -> Path:
     """Copy what kernels are made of, and return the place of cache.py in the copy."""
     for pattern in cache.SOURCES:
-        for path in (ROOT / "npmamba").glob(pattern):
-            copy = to / path.relative_to(ROOT / "npmamba")
+        for path in PACKAGE.glob(pattern):
+            copy = to / path.relative_to(PACKAGE)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
     return to / "cpu" / "cache.py"

@@ -31,7 +31,8 @@ from npmamba.ops.selective_scan import SelectiveScanGradients, selective_scan, s
 from npmamba.reference import selective_scan as reference
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "npmamba" / "ops" / "selective_scan.md"
+PACKAGE = Path(cpu.__file__).resolve().parent.parent
+PAGE = PACKAGE / "ops" / "selective_scan.md"
 SOURCES = ["cpu/scan_tile.py", "cpu/selective_scan.py", "ops/selective_scan.py"]
 ON = {
     "B": 2, "C": 2, "D": True, "z": True, "delta_bias": True, "delta_softplus": True, "initial_state": True,
@@ -917,7 +918,7 @@ def test_the_code_on_the_page_runs():
 
 
 def test_the_names_on_the_page_are_those_of_the_code():
-    code = "".join((ROOT / "npmamba" / folder).read_text(encoding="utf-8") for folder in SOURCES)
+    code = "".join((PACKAGE / folder).read_text(encoding="utf-8") for folder in SOURCES)
     section = PAGE.read_text(encoding="utf-8").split("## 3. ")[1].split("\n## 5. ")[0]
     names = {name for quoted in re.findall(r"`([^`]+)`", section) for name in re.findall(r"[A-Za-z_]\w*", quoted)}
     assert len(names) > 15

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npmamba.autodiff import Traced, primitive, pullback, value_and_grad, value_of
+from npmamba.autodiff import Traced, primitive, pullback, tape, value_and_grad, value_of
 from npmamba.autodiff.algebra import exp, matmul, mul, split
 from npmamba.autodiff.algebra import sum as total
 
@@ -352,7 +352,7 @@ def test_tuple_outputs_carry_their_gradients_separately():
 
 
 def test_the_page_on_the_tape_is_true():
-    page = Path(__file__).resolve().parent.parent / "autodiff" / "tape.md"
+    page = Path(tape.__file__).with_name("tape.md")
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.attempted > 5
     assert result.failed == 0
