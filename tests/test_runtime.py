@@ -237,3 +237,12 @@ def test_scratch_memory_begins_on_a_cache_line_and_is_writable():
             block = runtime._aligned((size, 2), np.zeros(1, dtype))
             assert (block.ctypes.data % 64, block.shape, block.dtype) == (0, (size, 2), np.dtype(dtype))
             block[...] = 1
+
+
+def test_all_kernels_in_both_dtypes_are_few():
+    from npmamba.doctor import declare_kernels
+
+    declare_kernels()
+    ours = {kernel.name for kernel in runtime.KERNELS if kernel.name.startswith("npmamba.")}
+    assert len(ours) > 20  # they are counted at all
+    assert 2 * len(ours) <= 60, "each costs seconds in a first run: make options of a kernel, not kernels of an option"
