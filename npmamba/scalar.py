@@ -75,7 +75,7 @@ def sqrt(x: Any) -> Any:
     return np.sqrt(x)
 
 
-PRIMITIVES = (cast, fma, select, exp2, exp, expm1, log1p, sqrt)
+PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, expm1, log1p, sqrt)
 
 
 # --- activations ---

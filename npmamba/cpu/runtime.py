@@ -227,10 +227,3 @@ def _aligned(shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
 
 scratch = inner(_aligned)
 """Inside a kernel: ``scratch(shape, like)`` allocates an array that begins on a cache line, of `like`'s dtype."""
-
-
-def warmup(dtypes: tuple[Any, ...] = (np.float32,)) -> None:
-    """Compile every kernel that has been declared so far, or read it from the cache."""
-    for declared in KERNELS:
-        for dtype in dtypes:
-            declared[dtype]

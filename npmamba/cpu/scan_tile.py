@@ -34,6 +34,11 @@ DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
 """Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), decays, states."""
 
 
+def kernel_name(stem: str, zoh: bool, constant: bool) -> str:
+    """Return what tells the kernels of the four rules apart, such as ``forward-zoh-constant``."""
+    return f"{stem}-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}"
+
+
 @tight
 def get(tile, slot, i):
     """Read the vector of step `i` from a slot. Slots lie in one flat array: one address serves them all."""

@@ -22,6 +22,7 @@ from npmamba.cpu.scan_tile import (
     TILE,
     Y,
     get,
+    kernel_name,
     load_cotangents,
     load_inputs,
     load_maps,
@@ -130,7 +131,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                 for n in range(dstate):
                     store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
 
-    return Kernel(_forward, f"forward-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}")
+    return Kernel(_forward, kernel_name("forward", zoh, constant))
 
 
 def _make_backward(zoh: bool, constant: bool) -> Kernel:
@@ -249,7 +250,8 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                     for q in range(2):
                         dchannel_parts[q, b, d + lane] = long[v, 3 * dstate + q, lane]
 
-    return Kernel(_backward, f"backward-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}")
+    return Kernel(_backward, kernel_name("backward", zoh, constant))
+
 
 _RULES = [(zoh, constant) for zoh in (False, True) for constant in (False, True)]
 _FORWARD = {rule: _make_forward(*rule) for rule in _RULES}

@@ -14,6 +14,7 @@ import numpy as np
 
 from npmamba.cpu.layout import native
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Real, Write, empty, inner, launch, scratch
+from npmamba.cpu.scan_tile import kernel_name
 from npmamba.cpu.schedule import channel_blocks
 from npmamba.cpu.simd import LANES, load, store, width
 from npmamba.scalar import cast, exp2_product, phi, readout, select, silu, softplus, state_step
@@ -109,7 +110,7 @@ def _make_step(zoh: bool, constant: bool) -> Kernel:
                 store(out, (b, d), y, count)
                 _scatter(h, d, count, state[b])
 
-    return Kernel(_step, f"step-{'zoh' if zoh else 'euler'}{'-constant' if constant else ''}")
+    return Kernel(_step, kernel_name("step", zoh, constant))
 
 
 _STEP = {(zoh, constant): _make_step(zoh, constant) for zoh in (False, True) for constant in (False, True)}
