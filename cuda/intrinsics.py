@@ -1,0 +1,237 @@
+"""What the words of `npmamba.cuda.device` become in LLVM: `npmamba.cuda.compile` puts these in their place.
+
+Numbers narrower than the arithmetic lie in memory as their bits: a pointer to int16 is float16, to uint16 bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+HALF, BFLOAT = types.int16, types.uint16
+
+
+def _number(element: Any) -> Any:
+    """Return the type a number of memory type `element` is computed in."""
+    return types.float32 if element in (HALF, BFLOAT) else element
+
+
+def _element(p: Any) -> Any:
+    return p.dtype
+
+
+def _offset(builder: Any, i: Any, t: Any) -> Any:
+    if t.bitwidth == 64:
+        return i
+    return builder.sext(i, I64) if t.signed else builder.zext(i, I64)
+
+
+def _address(context: Any, builder: Any, ptype: Any, p: Any, itype: Any, i: Any) -> Any:
+    base = p if isinstance(ptype, types.CPointer) else context.make_array(ptype)(context, builder, value=p).data
+    return builder.gep(base, [_offset(builder, i, itype)])
+
+
+def _assembly(builder: Any, text: str, constraints: str, result: Any, arguments: list[Any], effect: bool) -> Any:
+    function = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(ir.InlineAsm(function, text, constraints, side_effect=effect), arguments)
+
+
+def _widen(builder: Any, bits: Any, element: Any) -> Any:
+    if element == HALF:
+        return builder.fpext(builder.bitcast(bits, F16), F32)
+    if element == BFLOAT:
+        return builder.bitcast(builder.shl(builder.zext(bits, I32), ir.Constant(I32, 16)), F32)
+    return bits
+
+
+def _narrow(builder: Any, x: Any, element: Any) -> Any:
+    if element == HALF:
+        return _assembly(builder, "cvt.rn.f16.f32 $0, $1;", "=h,f", I16, [x], False)
+    if element == BFLOAT:
+        return _assembly(builder, "cvt.rn.bf16.f32 $0, $1;", "=h,f", I16, [x], False)
+    return x
+
+
+@intrinsic
+def load(typingctx: Any, p: Any, i: Any) -> Any:
+    element = _element(p)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        return _widen(builder, builder.load(address), element)
+
+    return _number(element)(p, i), emit
+
+
+@intrinsic
+def store(typingctx: Any, p: Any, i: Any, value: Any) -> Any:
+    element = _element(p)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        number = context.cast(builder, args[2], sig.args[2], _number(element))
+        builder.store(_narrow(builder, number, element), address)
+        return context.get_dummy_value()
+
+    return types.void(p, i, value), emit
+
+
+@intrinsic
+def shift(typingctx: Any, p: Any, n: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+
+    return p(p, n), emit
+
+
+def _vectors(builder: Any, address: Any, element: Any, count: int) -> tuple[Any, Any, int]:
+    """Return the address as one of vectors of up to 16 bytes, the type of the elements, and how many vectors."""
+    size = count * element.bitwidth // 8
+    words = ir.VectorType(I32, min(size, 16) // 4)
+    return builder.bitcast(address, words.as_pointer()), words, max(1, size // 16)
+
+
+def _ir_element(element: Any) -> Any:
+    return {HALF: I16, BFLOAT: I16, types.float32: F32, types.float64: F64}[element]
+
+
+def _vector_load(count: int) -> Any:
+    @intrinsic
+    def load_vector(typingctx: Any, p: Any, i: Any) -> Any:
+        element = _element(p)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+            address, words, parts = _vectors(builder, address, element, count)
+            per = count // parts
+            numbers = []
+            for part in range(parts):
+                value = builder.load(builder.gep(address, [ir.Constant(I32, part)]))
+                value.align = 4 * words.count
+                value = builder.bitcast(value, ir.VectorType(_ir_element(element), per))
+                numbers += [builder.extract_element(value, ir.Constant(I32, k)) for k in range(per)]
+            numbers = [_widen(builder, x, element) for x in numbers]
+            return context.make_tuple(builder, sig.return_type, numbers)
+
+        return types.UniTuple(_number(element), count)(p, i), emit
+
+    return load_vector
+
+
+def _vector_store(count: int) -> Any:
+    @intrinsic
+    def store_vector(typingctx: Any, p: Any, i: Any, values: Any) -> Any:
+        element = _element(p)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+            address, words, parts = _vectors(builder, address, element, count)
+            per = count // parts
+            for part in range(parts):
+                vector = ir.Constant(ir.VectorType(_ir_element(element), per), ir.Undefined)
+                for k in range(per):
+                    x = _narrow(builder, builder.extract_value(args[2], part * per + k), element)
+                    vector = builder.insert_element(vector, x, ir.Constant(I32, k))
+                write = builder.store(
+                    builder.bitcast(vector, words), builder.gep(address, [ir.Constant(I32, part)])
+                )
+                write.align = 4 * words.count
+            return context.get_dummy_value()
+
+        return types.void(p, i, values), emit
+
+    return store_vector
+
+
+@intrinsic
+def copy_async(typingctx: Any, shared: Any, i: Any, p: Any, j: Any, valid: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        to = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        here = builder.ptrtoint(builder.addrspacecast(to, ir.PointerType(to.type.pointee, 3)), I32)
+        source = _address(context, builder, sig.args[2], args[2], sig.args[3], args[3])
+        there = builder.ptrtoint(source, I64)
+        size = builder.select(args[4], ir.Constant(I32, 16), ir.Constant(I32, 0))
+        text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+        _assembly(builder, text, "r,l,r,~{memory}", ir.VoidType(), [here, there, size], True)
+        return context.get_dummy_value()
+
+    return types.void(shared, i, p, j, valid), emit
+
+
+@intrinsic
+def commit_async(typingctx: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _assembly(builder, "cp.async.commit_group;", "~{memory}", ir.VoidType(), [], True)
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def wait_async(typingctx: Any, pending: Any) -> Any:
+    if not isinstance(pending, types.IntegerLiteral):
+        return None
+    groups = pending.literal_value
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _assembly(builder, f"cp.async.wait_group {groups};", "~{memory}", ir.VoidType(), [], True)
+        return context.get_dummy_value()
+
+    return types.void(pending), emit
+
+
+wait_async._prefer_literal = True
+
+
+@intrinsic
+def cast(typingctx: Any, c: Any, x: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.cast(builder, args[0], sig.args[0], sig.return_type)
+
+    return x(c, x), emit
+
+
+@intrinsic
+def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return x(x, y, z), emit
+
+
+@intrinsic
+def select(typingctx: Any, condition: Any, x: Any, y: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        chosen = args[0]
+        if chosen.type != ir.IntType(1):
+            chosen = builder.trunc(chosen, ir.IntType(1))
+        return builder.select(chosen, args[1], args[2])
+
+    return x(condition, x, y), emit
+
+
+def _float32(text: str) -> Any:
+    """Return an intrinsic of one float32 argument that is the PTX instruction `text`."""
+
+    @intrinsic
+    def instruction(typingctx: Any, x: Any) -> Any:
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return _assembly(builder, f"{text} $0, $1;", "=f,f", F32, list(args), False)
+
+        return types.float32(types.float32), emit
+
+    return instruction
+
+
+exp2_float32 = _float32("ex2.approx.ftz.f32")
+log2_float32 = _float32("lg2.approx.ftz.f32")
+rcp_float32 = _float32("rcp.approx.ftz.f32")
+sqrt_float32 = _float32("sqrt.rn.f32")
+
+load2, load4, load8 = (_vector_load(n) for n in (2, 4, 8))
+store2, store4, store8 = (_vector_store(n) for n in (2, 4, 8))
