@@ -24,6 +24,7 @@ from numba.cuda.cudadrv import nvvm
 from npmamba import scalar
 from npmamba.cuda import device, intrinsics
 from npmamba.cuda.launch import wide_dtype
+from npmamba.cuda.device import rcp
 from npmamba.scalar import cast, exp2, fma, select
 
 OPTIONS = {"fastmath": True, "opt": 3}
@@ -57,7 +58,7 @@ def _exp(x):
 
 def _log1p(x):
     # log(1 + x) = 2 artanh(s) with s = x / (2 + x) <= 1/3
-    s = x / (cast(2, x) + x)
+    s = x * rcp(cast(2, x) + x)
     q = s * s
     p = fma(cast(0.12461131066083908, x), q, cast(0.10634681582450867, x))
     p = fma(p, q, cast(0.1431531310081482, x))
@@ -65,6 +66,14 @@ def _log1p(x):
     p = fma(p, q, cast(0.33333340287208557, x))
     twice = s + s
     return fma(p * q, twice, twice)
+
+
+def _divide(x, y):
+    return x * rcp(y)
+
+
+def _divide_double(x, y):
+    return x / y
 
 
 def _exp2_product(x, y):
@@ -91,6 +100,14 @@ def _log1p_double(x):
     return cuda.libdevice.log1p(x)
 
 
+def _magnitude(x):
+    return cuda.libdevice.fabsf(x)
+
+
+def _magnitude_double(x):
+    return cuda.libdevice.fabs(x)
+
+
 def _sqrt_double(x):
     return cuda.libdevice.sqrt(x)
 
@@ -111,6 +128,8 @@ _PRODUCTS = {scalar.exp2_product: _exp2_product, scalar.exp2_product_small: _exp
 _FLOAT32 = {
     scalar.exp2: intrinsics.exp2_float32,
     scalar.sqrt: intrinsics.sqrt_float32,
+    scalar.divide: _divide,
+    scalar.magnitude: _magnitude,
     device.rcp: intrinsics.rcp_float32,
     scalar.exp: _exp,
     scalar.expm1: _libdevice_expm1f,
@@ -119,6 +138,8 @@ _FLOAT32 = {
 _FLOAT64 = {
     scalar.exp2: _exp2_double,
     scalar.sqrt: _sqrt_double,
+    scalar.divide: _divide_double,
+    scalar.magnitude: _magnitude_double,
     device.rcp: _rcp_double,
     scalar.exp: _exp_double,
     scalar.expm1: _expm1_double,

@@ -75,7 +75,17 @@ def sqrt(x: Any) -> Any:
     return np.sqrt(x)
 
 
-PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, expm1, log1p, sqrt)
+def divide(x: Any, y: Any) -> Any:
+    """Return ``x / y`` to two units in the last place, for divisors between 1e-37 and 1e37 in magnitude."""
+    return x / y
+
+
+def magnitude(x: Any) -> Any:
+    """Return ``|x|``."""
+    return np.abs(x)
+
+
+PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, expm1, log1p, sqrt, divide, magnitude)
 
 
 # --- activations ---
@@ -84,14 +94,14 @@ PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, ex
 @formula
 def _exp_minus_abs(x):
     """e^(-|x|), in (0, 1]: the one exponential from which sigmoid and softplus are safe for every x."""
-    return exp(select(x < cast(0, x), x, -x))
+    return exp(-magnitude(x))
 
 
 @formula
 def sigmoid(x):
     """sigma(x) = 1 / (1 + e^(-x))"""
     e = _exp_minus_abs(x)
-    return select(x < cast(0, x), e, cast(1, x)) / (cast(1, x) + e)
+    return divide(select(x < cast(0, x), e, cast(1, x)), cast(1, x) + e)
 
 
 @formula

@@ -26,6 +26,7 @@ from numba.extending import lower_builtin, models, overload, register_model
 from npmamba import scalar
 from npmamba.scalar import (
     cast,
+    divide,
     exp,
     exp2,
     exp2_product,
@@ -33,6 +34,7 @@ from npmamba.scalar import (
     expm1,
     fma,
     log1p,
+    magnitude,
     select,
     sqrt,
 )
@@ -334,6 +336,10 @@ def _emit_fma(context, builder, sig, args):
     return _call(builder, f"llvm.fma.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
 
 
+def _emit_magnitude(context, builder, sig, args):
+    return _call(builder, f"llvm.fabs.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
+
+
 def _emit_sqrt(context, builder, sig, args):
     return _call(builder, f"llvm.sqrt.{_suffix(sig.return_type)}", _llvm_type(sig.return_type), list(args))
 
@@ -354,6 +360,12 @@ def _emit_add_exponent(context, builder, sig, args):
 _define(cast, lambda c, x: x if _is_number(x) else None, _emit_cast)
 _define(fma, lambda x, y, z: x if _is_number(x) and x == y == z else None, _emit_fma)
 _define(sqrt, lambda x: x if _is_number(x) else None, _emit_sqrt)
+_define(magnitude, lambda x: x if _is_number(x) else None, _emit_magnitude)
+_define(
+    divide,
+    lambda x, y: x if _is_number(x) and x == y else None,
+    lambda context, builder, sig, args: builder.fdiv(*args),
+)
 _define(
     select,
     lambda condition, x, y: x if _is_number(x) and x == y and condition == _mask_of(x) else None,
