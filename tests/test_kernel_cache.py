@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from npmamba.cache import root
 from npmamba.cpu import cache
 from npmamba.cpu.runtime import Int, Kernel, Read, Write
 
@@ -225,12 +226,12 @@ def test_the_folder_of_the_caches_is_where_the_system_keeps_such_things(monkeypa
     monkeypatch.delenv("NPMAMBA_CACHE_DIR", raising=False)
     monkeypatch.setattr(cache.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache.root() == Path("/somewhere/npmamba")
+    assert root() == Path("/somewhere/npmamba")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.root() == Path.home() / ".cache" / "npmamba"
+    assert root() == Path.home() / ".cache" / "npmamba"
     monkeypatch.setattr(cache.sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", "/local")
-    assert cache.root() == Path("/local/npmamba")
+    assert root() == Path("/local/npmamba")
 
 
 def start(place: Path) -> subprocess.Popen:

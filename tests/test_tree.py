@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "npmamba"
 
 FLOORS = [
-    "scalar shapes backend autodiff.tape autodiff.tree cuda.launch",
+    "scalar shapes backend cache autodiff.tape autodiff.tree",
     "cpu cpu.* cuda.* reference reference.*",
     "ops ops.* autodiff.algebra autodiff.check lti",
     "autodiff autodiff.optim block config config_names initialize data vocabulary corpus streaming settings"

@@ -10,50 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
-import os
 import pathlib
 import pickle
-import stat
 import sys
 from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
+from npmamba import cache
+
 log = logging.getLogger("npmamba")
 SOURCES = ("scalar.py", "cpu/*.py")
-
-
-def root() -> pathlib.Path:
-    """Return the folder of all npmamba caches: ``NPMAMBA_CACHE_DIR``, or ``npmamba`` in the user's cache folder."""
-    if named := os.environ.get("NPMAMBA_CACHE_DIR"):
-        return pathlib.Path(named)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or pathlib.Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "npmamba"
 
 
 @functools.cache
 def folder() -> pathlib.Path:
     """Return the folder for the kernels as they are now."""
     package = pathlib.Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
-    for pattern in SOURCES:
-        for source in sorted(package.glob(pattern)):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return root() / f"cpu-{digest.hexdigest()[:16]}"
-
-
-def _is_private(path: pathlib.Path) -> bool:
-    """Cached code is run as it stands, so a folder that other users can write to is not read."""
-    if os.name == "nt":
-        return True
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    sources = (source for pattern in SOURCES for source in package.glob(pattern))
+    return cache.folder("cpu", numba.__version__, sources)
 
 
 class _Locator(_CacheLocator):
@@ -82,15 +59,11 @@ class _Files(IndexDataCacheFile):
     """Numba's index and data files of one kernel; each data file begins with the digest of the rest."""
 
     def _save_data(self, name: str, data: Any) -> None:
-        content = self._dump(data)
         with self._open_for_write(self._data_path(name)) as file:
-            file.write(hashlib.sha256(content).digest() + content)
+            file.write(cache.sealed(self._dump(data)))
 
     def _load_data(self, name: str) -> Any:
-        content = pathlib.Path(self._data_path(name)).read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            raise ValueError("its digest is wrong")
-        return pickle.loads(content[32:])
+        return pickle.loads(cache.opened(pathlib.Path(self._data_path(name)).read_bytes()))
 
 
 class KernelCache(FunctionCache):
@@ -113,7 +86,7 @@ class KernelCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled overload for `sig`, or None if it is absent or damaged."""
         try:
-            if folder().is_dir() and _is_private(folder()):
+            if folder().is_dir() and cache.is_private(folder()):
                 found = super().load_overload(sig, target_context)
                 if found is not None:
                     return found
@@ -130,7 +103,7 @@ class KernelCache(FunctionCache):
         """Keep a compiled overload, if the folder can be written."""
         try:
             self._impl.locator.ensure_cache_path()
-            if _is_private(folder()):
+            if cache.is_private(folder()):
                 super().save_overload(sig, data)
         except Exception as error:  # no space, no permission, or a damaged index that cannot be replaced
             log.info("compiled kernels cannot be kept (%s)", error)
