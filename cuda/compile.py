@@ -23,8 +23,7 @@ from numba.cuda.cudadrv import nvvm
 
 from npmamba import scalar
 from npmamba.cuda import device, intrinsics
-from npmamba.cuda.launch import wide_dtype
-from npmamba.cuda.device import rcp
+from npmamba.cuda.device import rcp, wide_dtype
 from npmamba.scalar import cast, exp2, fma, select
 
 OPTIONS = {"fastmath": True, "opt": 3}

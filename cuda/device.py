@@ -5,7 +5,8 @@ intrinsics in the place of these functions and compiles it, `npmamba.testing.int
 greenlet per thread. So every function here is the definition of its intrinsic, and a test holds one against the other.
 
 Memory is reached by `load` and `store`, which read and write float16 and bfloat16 as float32, and by pointers that
-`shift` moves: 64-bit arithmetic once per tile, 32-bit offsets inside, for arrays of any size.
+`shift` moves: 64-bit arithmetic once per tile, 32-bit offsets inside, for arrays of any size. An offset made of uint32
+numbers stays one; what a loop carries on must be cast again, for Numba makes 64 bits of a sum of two uint32.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ Real = Argument("Real", pointer=False)
 """A number of the dtype the kernel computes in."""
 
 
+def wide_dtype(dtype: Any) -> np.dtype:
+    """Return the dtype a kernel for `dtype` computes in: float64 for float64, else float32."""
+    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)
+
+
 # --- memory ---
 
 
@@ -74,7 +80,10 @@ def store(p: Any, i: Any, value: Any) -> None:
 
 
 def shift(p: Any, n: Any) -> Any:
-    """Return the pointer `n` elements further; `n` may be negative."""
+    """Return the pointer `n` elements further, or into a shared array; `n` may be negative.
+
+    A constant offset from a pointer costs nothing, a sum of numbers does: shift once, then load at constants.
+    """
     return p.shifted(n)
 
 
