@@ -4,8 +4,10 @@
 and a new state and changes neither. A training step is then three lines::
 
     loss, grads = value_and_grad(loss_function)(params, batch)
-    grads, norm = clip_by_global_norm(grads, 1.0)
-    params, state = optimizer.update(grads, state, params)
+    scale, norm = clip_factor(grads, 1.0)
+    params, state = optimizer.update(grads, state, params, scale)
+
+Trees of CuPy arrays are updated without waiting for the GPU: a norm and a factor stay there, as arrays ().
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ Schedule = Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """``init(params) -> state`` and ``update(grads, state, params) -> (params, state)``."""
+    """``init(params) -> state`` and ``update(grads, state, params, grad_scale=1.0) -> (params, state)``.
+
+    The gradients are multiplied by `grad_scale`, a number or an array (), on their way.
+    """
 
     init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    update: Callable[..., tuple[Any, Any]]
 
 
 class AdamWState(NamedTuple):
@@ -92,49 +97,46 @@ def adamw(
     def init(params: Any) -> AdamWState:
         return AdamWState(0, tree_map(_zeros, params), tree_map(_zeros, params))
 
-    def update(grads: Any, state: AdamWState, params: Any) -> tuple[Any, AdamWState]:
-        lr, step = _value(learning_rate, state.step), state.step + 1
+    def update(grads: Any, state: AdamWState, params: Any, grad_scale: Any = 1.0) -> tuple[Any, AdamWState]:
+        step = state.step + 1
         decays = mask
         if mask is None or callable(mask):
             decays = tree_map_path(mask or (lambda path, p: True), params)
-
-        def one(path: str, p: Any, g: Any, m: Any, v: Any, decays: bool) -> Any:
-            _check_gradient("adamw", path, g, p)
-            return _adamw_array(p, g, m, v, step, lr, betas, eps, weight_decay if decays else 0.0)
-
-        new_params, m, v = _map_to_trees(3, one, params, grads, state.m, state.v, decays)
+        paths, leaves, g, m, v, decays = _columns("adamw", params, grads, state.m, state.v, decays)
+        if not paths:
+            return params, state._replace(step=step)
+        _check_libraries("adamw", paths, params=leaves, grads=g, m=m, v=v)
+        options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+        options |= {"step": step, "lr": _value(learning_rate, state.step), "grad_scale": grad_scale}
+        new = twin("optimizer_update", leaves[0]).adamw_update(leaves, g, m, v, decays, **options)
+        new_params, m, v = (_like(params, column) for column in new)
         return new_params, AdamWState(step, m, v)
 
     return Optimizer(init, update)
 
 
-def _adamw_array(
-    param: Any, grad: Any, m: Any, v: Any, step: int,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Return the new param, m and v of one array, C-contiguous; `step` counts this update, so it starts at 1.
+def _columns(name: str, params: Any, grads: Any, *others: Any) -> list[list[Any]]:
+    """Return the paths of all parameters, and for each tree its leaves in that order."""
+    rows: list[tuple[Any, ...]] = []
 
-    NumPy arrays go through one kernel that reads every number once, others through the equations as they stand.
-    """
-    xp = array_module("adamw", param=param, grad=grad, m=m, v=v)
-    b1, b2 = betas
-    if xp is np:
-        options = {"lr": lr, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay}
-        return twin("optimizer_update", param).adamw_update(param, grad, m, v, step=step, **options)
-    return _adamw_by_array_operations(xp, param, grad, m, v, step, lr, b1, b2, eps, weight_decay)
+    def see(path: str, p: Any, g: Any, *leaves: Any) -> None:
+        _check_gradient(name, path, g, p)
+        rows.append((path, p, g, *leaves))
+
+    tree_map_path(see, params, grads, *others)
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(3 + len(others))]
 
 
-def _adamw_by_array_operations(
-    xp: Any, param: Any, grad: Any, m: Any, v: Any, step: int,
-    lr: float, b1: float, b2: float, eps: float, weight_decay: float,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    p, g, m, v = (xp.ascontiguousarray(x).reshape(param.shape) for x in (param, grad, m, v))
-    p, g = p.astype(m.dtype, copy=False), g.astype(m.dtype, copy=False)
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * (g * g)
-    scale = xp.sqrt(v) / math.sqrt(1 - b2**step) + eps
-    new = (1 - lr * weight_decay) * p - lr / (1 - b1**step) * (m / scale)
-    return new.astype(param.dtype, copy=False), m, v
+def _like(tree: Any, leaves: list[Any]) -> Any:
+    """Return a tree like `tree` with other leaves."""
+    supply = iter(leaves)
+    return tree_map(lambda _: next(supply), tree)
+
+
+def _check_libraries(name: str, paths: list[str], **columns: list[Any]) -> Any:
+    """Return the library of all arrays; a TypeError names two that are not of one."""
+    named = {f"{what}[{path!r}]": x for what, column in columns.items() for path, x in zip(paths, column, strict=True)}
+    return array_module(name, **named)
 
 
 def sgd(learning_rate: float | Schedule, momentum: float = 0.0) -> Optimizer:
@@ -165,17 +167,17 @@ def sgd(learning_rate: float | Schedule, momentum: float = 0.0) -> Optimizer:
     def init(params: Any) -> SGDState:
         return SGDState(0, tree_map(_zeros, params) if momentum else None)
 
-    def update(grads: Any, state: SGDState, params: Any) -> tuple[Any, SGDState]:
+    def update(grads: Any, state: SGDState, params: Any, grad_scale: Any = 1.0) -> tuple[Any, SGDState]:
         lr = _value(learning_rate, state.step)
-
-        def one(path: str, p: Any, g: Any, velocity: Any) -> tuple[Any, Any]:
-            _check_gradient("sgd", path, g, p)
-            xp, dtype = array_module("sgd", param=p, grad=g), compute_dtype(p.dtype)
-            new = xp.asarray(g, dtype) if velocity is None else xp.asarray(momentum * velocity + g, dtype)
-            return xp.asarray(xp.asarray(p, dtype) - lr * new, p.dtype), new
-
-        new_params, velocity = _map_to_trees(2, one, params, grads, state.velocity)
-        return new_params, SGDState(state.step + 1, velocity if momentum else None)
+        paths, leaves, grads, velocities = _columns("sgd", params, grads, state.velocity)
+        xp = _check_libraries("sgd", paths, params=leaves, grads=grads, velocity=velocities)
+        new: list[Any] = []
+        for i, (p, g, velocity) in enumerate(zip(leaves, grads, velocities, strict=True)):
+            dtype = compute_dtype(p.dtype)
+            g = xp.asarray(g, dtype) * xp.asarray(grad_scale, dtype)
+            new.append(xp.asarray(g if velocity is None else momentum * velocity + g, dtype))
+            leaves[i] = xp.asarray(xp.asarray(p, dtype) - lr * new[i], p.dtype)
+        return _like(params, leaves), SGDState(state.step + 1, _like(params, new) if momentum else None)
 
     return Optimizer(init, update)
 
@@ -194,15 +196,6 @@ def _check_gradient(name: str, path: str, grad: Any, param: Any) -> None:
         raise ValueError(f"{name}: the gradient of {path} must have shape {param.shape}, got {came}")
 
 
-def _map_to_trees(count: int, f: Callable[..., Any], tree: Any, *others: Any) -> list[Any]:
-    """Map `f`, which returns a tuple of `count` arrays, and return `count` trees."""
-    results: list[Any] = []
-    tree_map_path(lambda *leaves: results.append(f(*leaves)), tree, *others)
-    columns = zip(*results, strict=True) if results else [()] * count
-    supplies = [iter(column) for column in columns]
-    return [tree_map(lambda _, supply=supply: next(supply), tree) for supply in supplies]
-
-
 def decay_mask(params: Any) -> Any:
     """Return the tree of booleans that says which parameters decay in a Mamba model.
 
@@ -219,8 +212,10 @@ def decay_mask(params: Any) -> Any:
     return tree_map_path(lambda path, _: not f".{path}".endswith(spared), params)
 
 
-def global_norm(tree: Any) -> float:
+def global_norm(tree: Any) -> Any:
     """Return the Euclidean norm of all entries of all arrays, summed in float64.
+
+    A float; of CuPy arrays an array (), for which nobody has waited.
 
     Examples
     --------
@@ -229,18 +224,56 @@ def global_norm(tree: Any) -> float:
     >>> global_norm({"a": np.array([3.0]), "b": np.array([[4.0]])})
     5.0
     """
-    return math.sqrt(math.fsum(_sum_of_squares(x) for _, x in tree_items(tree)))
+    return _norm_and_factor("global_norm", tree, math.inf)[0]
 
 
-def _sum_of_squares(x: Any) -> float:
-    """Sum in float64, in an order that does not depend on the threads."""
-    if isinstance(x, np.ndarray):
-        return twin("optimizer_update", x).sum_of_squares(x)
-    return float((x.astype(np.float64) ** 2).sum())
+def clip_factor(grads: Any, max_norm: float) -> tuple[Any, Any]:
+    """Return what to multiply gradients by so that their global norm is at most `max_norm`, and their norm.
+
+    Handed to ``optimizer.update(grads, state, params, factor)``, clipping takes no pass over memory of its own.
+
+    Parameters
+    ----------
+    grads : tree of arrays
+    max_norm : float
+        Above 0; infinity for no limit.
+
+    Returns
+    -------
+    factor : float
+        1 if the norm is small enough or not finite.
+    norm : float
+        NaN or infinity if a gradient is. Of CuPy arrays, both are arrays (), for which nobody has waited.
+
+    Raises
+    ------
+    ValueError
+        If `max_norm` is not above 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from npmamba.autodiff import clip_factor
+    >>> clip_factor({"w": np.array([3.0, 4.0])}, 1.0)
+    (0.2, 5.0)
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_factor: max_norm must be above 0, got {max_norm}")
+    norm, factor = _norm_and_factor("clip_factor", grads, max_norm)
+    return factor, norm
 
 
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
-    """Scale gradients so that their global norm is at most `max_norm`.
+def _norm_and_factor(name: str, tree: Any, max_norm: float) -> tuple[Any, Any]:
+    items = tree_items(tree)
+    if not items:
+        return 0.0, 1.0
+    paths, arrays = (list(column) for column in zip(*items, strict=True))
+    _check_libraries(name, paths, tree=arrays)
+    return twin("optimizer_update", arrays[0]).global_norm(arrays, max_norm)
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Any]:
+    """Scale gradients so that their global norm is at most `max_norm`; `clip_factor` saves a pass over memory.
 
     Parameters
     ----------
@@ -251,9 +284,9 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     Returns
     -------
     grads : tree of arrays
-        Unchanged, the same arrays, if they are short enough or their norm is not finite.
+        Unchanged if they are short enough or their norm is not finite; NumPy's are then the same arrays.
     norm : float
-        The norm before clipping; NaN or infinity if a gradient is.
+        The norm before clipping; NaN or infinity if a gradient is. Of CuPy arrays an array (), see `clip_factor`.
 
     Raises
     ------
@@ -269,11 +302,17 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     """
     if not max_norm > 0:
         raise ValueError(f"clip_by_global_norm: max_norm must be above 0, got {max_norm}")
-    norm = global_norm(grads)
-    if not max_norm < norm < math.inf:
+    norm, factor = _norm_and_factor("clip_by_global_norm", grads, max_norm)
+    if isinstance(factor, float) and factor == 1.0:
         return grads, norm
-    xp = array_module("clip_by_global_norm", **dict(tree_items(grads)))
-    return tree_map(lambda g: xp.asarray(g * (max_norm / norm), g.dtype), grads), norm
+    return tree_map(lambda g: _scaled(g, factor), grads), norm
+
+
+def _scaled(g: Any, factor: Any) -> Any:
+    """Return ``g * factor`` in the dtype of `g`."""
+    if isinstance(factor, float):
+        return np.asarray(g * factor, g.dtype)
+    return (g * factor.astype(compute_dtype(g.dtype))).astype(g.dtype, copy=False)
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> Schedule:

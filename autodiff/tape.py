@@ -159,7 +159,16 @@ class Tape:
         if gradient.shape != shape:
             raise ValueError(f"{name}: the gradient of {argument} must be {shape}, got {gradient.shape}")
         earlier = gradients[slot]
-        gradients[slot] = gradient if earlier is None else _array(earlier + gradient)
+        gradients[slot] = gradient if earlier is None else _total(earlier, gradient)
+
+
+def _total(x: Any, y: Any) -> Any:
+    """Return ``x + y`` in the memory order of `x`. CuPy's own sum is C-ordered, and slow where its operands are not."""
+    if isinstance(x, np.ndarray) or x.flags.c_contiguous:
+        return _array(x + y)
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return (x.transpose(order) + y.transpose(order)).transpose(back)
 
 
 def _check_argument(path: str, x: Any) -> None:

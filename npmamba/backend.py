@@ -38,6 +38,8 @@ def array_module(op: str, **arrays: Any) -> ModuleType:
     ------
     TypeError
         If an argument is no array, or if NumPy and CuPy arrays are mixed. Both culprits are named.
+    ValueError
+        If CuPy arrays are on two GPUs, or on one that is not the current one, where nothing could be launched.
     """
     first: tuple[str, str] | None = None
     for name, x in arrays.items():
@@ -53,7 +55,40 @@ def array_module(op: str, **arrays: Any) -> ModuleType:
                 f"{op}: {first[0]} is a {first[1]} array, but {name} is a {library} array; "
                 "move them to one device first"
             )
-    return sys.modules["cupy"] if first is not None and first[1] == "cupy" else np
+    if first is None or first[1] == "numpy":
+        return np
+    _check_devices(op, arrays)
+    return sys.modules["cupy"]
+
+
+def _check_devices(op: str, arrays: dict[str, Any]) -> None:
+    """Raise ValueError unless all CuPy arrays are on the current GPU; costs a fraction of a microsecond an array."""
+    current = sys.modules["cupy"].cuda.runtime.getDevice()
+    for name, x in arrays.items():
+        if x is not None and x.data.device_id != current:
+            places = {other: y.data.device_id for other, y in arrays.items() if y is not None}
+            other = next((other for other, place in places.items() if place != places[name]), None)
+            if other is not None:
+                raise ValueError(
+                    f"{op}: {name} is on GPU {places[name]}, but {other} is on GPU {places[other]}; "
+                    "move them to one GPU first"
+                )
+            raise ValueError(
+                f"{op}: {name} is on GPU {places[name]}, but the current GPU is {current}; "
+                f"call it inside `with cupy.cuda.Device({places[name]}):`"
+            )
+
+
+def on_host(x: Any) -> Any:
+    """Return a CuPy array as a NumPy array, which waits for the GPU; anything else as it is."""
+    return x.get() if hasattr(x, "__cuda_array_interface__") else x
+
+
+def beside(op: str, array: Any, x: Any) -> Any:
+    """Return `x`, a NumPy or CuPy array, in the library of `array`. A copy to the GPU is not waited for."""
+    if array_module(op, array=array) is np:
+        return on_host(x)
+    return sys.modules["cupy"].asarray(x)
 
 
 @cache

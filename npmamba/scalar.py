@@ -197,9 +197,9 @@ def softmax_term(logit, top, factor):
 
 
 @formula
-def running_mean(mean, x, beta):
-    """beta mean + (1 - beta) x, for a number `beta`"""
-    return fma(cast(beta, x), mean, cast(1 - beta, x) * x)
+def running_mean(mean, x, beta, rest):
+    """beta mean + (1 - beta) x, for numbers beta and rest = 1 - beta"""
+    return fma(cast(beta, x), mean, cast(rest, x) * x)
 
 
 @formula
@@ -208,3 +208,18 @@ def adamw_step(p, m, v, decay, rate, root, eps):
     decay = 1 - lr weight_decay, rate = lr / (1 - beta1^t) and root = sqrt(1 - beta2^t)"""
     scale = sqrt(v) / cast(root, v) + cast(eps, v)
     return fma(cast(decay, p), p, -(cast(rate, p) * (m / scale)))
+
+
+# --- random bits ---
+
+
+@formula
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox 4x32-10, Salmon et al. 2011: four random words, a function of a counter of four words and a key of two.
+    All are below 2^32 and held in uint64, where a product of two has room."""
+    word, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        p, q = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (q >> shift) ^ c1 ^ k0, q & word, (p >> shift) ^ c3 ^ k1, p & word
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & word, (k1 + np.uint64(0xBB67AE85)) & word
+    return c0, c1, c2, c3

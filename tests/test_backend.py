@@ -14,13 +14,24 @@ from npmamba.cpu.runtime import empty
 
 
 class FakeCupyArray:
-    """What a CuPy array is to the dispatch: an instance of ``cupy.ndarray``, and no NumPy array."""
+    """What a CuPy array is to the dispatch: an instance of ``cupy.ndarray`` on one of several GPUs."""
+
+    __cuda_array_interface__: dict = {}
+
+    def __init__(self, device=0):
+        self.data = types.SimpleNamespace(device_id=device)
+
+    def get(self):
+        return np.full(2, self.data.device_id)
 
 
 @pytest.fixture
 def cupy(monkeypatch):
+    """Stand in for CuPy, with GPU 0 as the current one."""
     module = types.ModuleType("cupy")
     module.ndarray = FakeCupyArray
+    module.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDevice=lambda: 0))
+    module.asarray = lambda x: x if isinstance(x, FakeCupyArray) else FakeCupyArray()
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
@@ -72,6 +83,32 @@ def test_mixing_libraries_names_both_arguments(cupy, host_first):
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         backend.array_module("scan", **dict([first, second]))
+
+
+@pytest.mark.parametrize("current_first", [True, False])
+def test_arrays_on_two_gpus_are_both_named(cupy, current_first):
+    arrays = {"u": FakeCupyArray(0), "A": FakeCupyArray(0), "D": None, "B": FakeCupyArray(3)}
+    names = list(arrays) if current_first else list(arrays)[::-1]
+    message = "^scan: B is on GPU 3, but (u|A) is on GPU 0; move them to one GPU first$"
+    with pytest.raises(ValueError, match=message):
+        backend.array_module("scan", **{name: arrays[name] for name in names})
+
+
+def test_arrays_on_another_gpu_than_the_current_one_are_named(cupy):
+    message = "scan: u is on GPU 3, but the current GPU is 0; call it inside `with cupy.cuda.Device(3):`"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        backend.array_module("scan", u=FakeCupyArray(3), B=FakeCupyArray(3))
+
+
+def test_arrays_move_to_the_host_and_beside_others(cupy):
+    host, device = np.zeros(2), FakeCupyArray()
+    assert backend.on_host(host) is host
+    assert backend.on_host(None) is None
+    np.testing.assert_array_equal(backend.on_host(device), [0, 0])
+    assert backend.beside("scan", host, host) is host
+    assert isinstance(backend.beside("scan", host, device), np.ndarray)
+    assert isinstance(backend.beside("scan", device, host), FakeCupyArray)
+    assert backend.beside("scan", device, device) is device
 
 
 NO_ARRAYS = [([0.0], "list"), (1.0, "float"), (np.ma.zeros(1), "MaskedArray")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from npmamba.autodiff import (
     adamw,
     clip_by_global_norm,
+    clip_factor,
     decay_mask,
     global_norm,
     optim,
@@ -113,16 +114,30 @@ def test_parameters_keep_their_dtype_and_short_ones_have_a_float32_state(optimiz
         assert type(state.step) is int
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
-@given(n=st.integers(0, 40), step=st.integers(1, 1000), seed=seeds)
-def test_the_kernel_and_the_array_operations_are_one_update(dtype, tolerance, n, step, seed):
-    p, g, m, v = np.random.default_rng(seed).standard_normal((4, n)).astype(dtype)
-    options = 1e-2, 0.9, 0.95, 1e-8, 0.1
-    plain = optim._adamw_by_array_operations(np, p, g, m, v * v, step, *options)
-    kernel = optim._adamw_array(p, g, m, v * v, step, options[0], options[1:3], *options[3:])
-    for x, y in zip(kernel, plain, strict=True):
-        assert x.dtype == y.dtype == dtype
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@given(seed=seeds)
+def test_a_factor_on_the_way_is_a_scaled_gradient(optimizer, seed):
+    params, grads, factor = tree(seed), tree(seed + 1), 0.3
+    state = optimizer.init(params)
+    fused, _ = optimizer.update(grads, state, params, factor)
+    scaled = tree_map(lambda g: np.asarray(g * np.float32(factor)), grads)
+    plain, _ = optimizer.update(scaled, state, params)
+    for (path, x), (_, y) in zip(tree_items(fused), tree_items(plain), strict=True):
+        assert x.tobytes() == y.tobytes(), path
+
+
+@given(seed=seeds, max_norm=st.floats(1e-3, 1e3))
+def test_the_clip_factor_clips(seed, max_norm):
+    grads = tree(seed)
+    factor, norm = clip_factor(grads, max_norm)
+    clipped, same = clip_by_global_norm(grads, max_norm)
+    assert norm == same
+    for (_, x), (_, y) in zip(tree_items(clipped), tree_items(grads), strict=True):
+        np.testing.assert_array_equal(x, y * np.float32(factor))
+    assert clip_factor(grads, math.inf)[0] == 1.0
+    assert clip_factor({}, 1.0) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="max_norm must be above 0, got -1"):
+        clip_factor(grads, -1)
 
 
 def test_memory_order_of_the_gradient_changes_no_bit():

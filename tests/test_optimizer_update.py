@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba.cpu import runtime
-from npmamba.cpu.optimizer_update import BLOCK, adamw_update, sum_of_squares
+from npmamba.cpu import optimizer_update
+from npmamba.cpu.optimizer_update import BLOCK, global_norm
 
 OPTIONS = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = ((), (0,), (1,), (7,), (3, 33), (2, 3, 16), (BLOCK + 1,))
@@ -26,6 +27,15 @@ def case(shape, seed, dtype=np.float64):
     param, grad, m = (np.asarray(rng.standard_normal(shape)) for _ in range(3))
     v = np.asarray(rng.random(shape))
     return param.astype(dtype), grad.astype(dtype), m.astype(wide), v.astype(wide)
+
+
+def adamw_update(param, grad, m, v, **options):
+    """Update one array."""
+    return tuple(x for (x,) in optimizer_update.adamw_update([param], [grad], [m], [v], [True], **options))
+
+
+def sum_of_squares(x):
+    return optimizer_update._sum_of_squares_of(x)
 
 
 def by_the_equations(param, grad, m, v, step, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
@@ -138,14 +148,37 @@ def test_squares_beyond_float32_neither_overflow_nor_vanish():
     assert sum_of_squares(np.array([1e-30], np.float32)) == float(np.float32(1e-30)) ** 2
 
 
+@given(seeds)
+def test_a_list_is_updated_as_its_arrays_alone(seed):
+    """Dtypes may differ, and which of them decay."""
+    cases = [case(shape, seed, dtype) for shape, dtype in [((3, 5), np.float32), ((), np.float64), ((7,), np.float16)]]
+    decays = [True, False, True]
+    found = optimizer_update.adamw_update(*zip(*cases, strict=True), decays, step=2, **OPTIONS, grad_scale=0.3)
+    for i, (arrays, decayed) in enumerate(zip(cases, decays, strict=True)):
+        options = {**OPTIONS, "weight_decay": OPTIONS["weight_decay"] * decayed}
+        alone = adamw_update(*arrays, step=2, **options, grad_scale=0.3)
+        assert same_bits(tuple(column[i] for column in found), alone)
+
+
+@given(seeds, st.floats(0.01, 100))
+def test_the_factor_brings_the_norm_down(seed, max_norm):
+    arrays = list(case((5, 9), seed))
+    norm, factor = global_norm(arrays, max_norm)
+    assert norm == pytest.approx(np.linalg.norm(np.ravel(arrays)), rel=1e-14)
+    assert factor == (max_norm / norm if norm > max_norm else 1.0)
+    assert global_norm([]) == (0.0, 1.0)
+    assert global_norm([np.array([np.inf])], max_norm) == (np.inf, 1.0)
+
+
 def test_the_kernels_run_without_the_compiler():
     run_without_compiler("""
 import numpy as np
-from npmamba.cpu.optimizer_update import adamw_update, sum_of_squares
+from npmamba.cpu.optimizer_update import adamw_update, global_norm
 p, g, zeros = np.ones(19, np.float32), np.linspace(1, 2, 19, dtype=np.float32), np.zeros(19, np.float32)
-new, m, v = adamw_update(p, g, zeros, zeros, step=1, lr=0.5, beta1=0.9, beta2=0.95, eps=0.0, weight_decay=0.1)
+options = {"lr": 0.5, "beta1": 0.9, "beta2": 0.95, "eps": 0.0, "weight_decay": 0.1}
+(new,), (m,), (v,) = adamw_update([p], [g], [zeros], [zeros], [True], step=1, **options)
 np.testing.assert_allclose(new, 0.45, rtol=1e-5)
 np.testing.assert_allclose(m, 0.1 * g, rtol=1e-6)
 assert new.dtype == v.dtype == np.float32
-np.testing.assert_allclose(sum_of_squares(g), (g.astype(float) ** 2).sum(), rtol=1e-14)
+np.testing.assert_allclose(global_norm([g])[0], np.linalg.norm(g.astype(float)), rtol=1e-14)
 """)

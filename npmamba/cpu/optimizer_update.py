@@ -8,6 +8,7 @@ a result do not depend on the number of threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ def _adamw(
     grad_scale: Real,
     beta1: Real,
     beta2: Real,
+    rest1: Real,
+    rest2: Real,
     decay: Real,
     rate: Real,
     root: Real,
@@ -54,8 +57,8 @@ def _adamw(
             count = end - i
             g = load(grad, (i,), count)
             g = g * cast(grad_scale, g)
-            mean = running_mean(load(m, (i,), count), g, beta1)
-            square = running_mean(load(v, (i,), count), g * g, beta2)
+            mean = running_mean(load(m, (i,), count), g, beta1, rest1)
+            square = running_mean(load(v, (i,), count), g * g, beta2, rest2)
             store(new_m, (i,), mean, count)
             store(new_v, (i,), square, count)
             p = adamw_step(load(param, (i,), count), mean, square, decay, rate, root, eps)
@@ -86,10 +89,11 @@ def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def adamw_update(
-    param: np.ndarray,
-    grad: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
+    params: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    m: Sequence[np.ndarray],
+    v: Sequence[np.ndarray],
+    decays: Sequence[bool],
     *,
     step: int,
     lr: float,
@@ -98,8 +102,8 @@ def adamw_update(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the new param, m and v of one array: fresh and C-ordered; the arguments are left as they are.
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Return the new params, m and v of a list of arrays: fresh and C-ordered; the arguments are left as they are.
 
     With g = grad_scale grad and t = `step`, which counts this update and so starts at 1::
 
@@ -108,35 +112,59 @@ def adamw_update(
 
     Parameters
     ----------
-    param, grad : array
-        Of one shape, float16, bfloat16, float32 or float64.
-    m, v : array
-        Running means, of the dtype that is computed in: float64 for a float64 `param`, otherwise float32.
-    step, lr, beta1, beta2, eps, weight_decay, grad_scale : numbers
+    params, grads : lists of arrays
+        Pairs of one shape, float16, bfloat16, float32 or float64.
+    m, v : lists of arrays
+        Running means, of the dtype that is computed in: float64 for a float64 parameter, otherwise float32.
+    decays : list of bool
+        Which arrays decay; for the others `weight_decay` counts as 0.
+    step, lr, beta1, beta2, eps, weight_decay : numbers
         As in the equations.
+    grad_scale : number or array ()
+        As in the equations; `global_norm` gives the one that clips.
 
     Examples
     --------
-    >>> p, m, v = np.array([1.0, -1.0]), np.zeros(2), np.zeros(2)
+    >>> p, g, zeros = np.array([1.0, -1.0]), np.array([3.0, -0.2]), np.zeros(2)
     >>> options = {"lr": 0.5, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
-    >>> adamw_update(p, np.array([3.0, -0.2]), m, v, step=1, **options)[0].round(6)
+    >>> params, m, v = adamw_update([p], [g], [zeros], [zeros], [True], step=1, **options)
+    >>> params[0].round(6)
     array([ 0.5, -0.5])
     """
+    means = (float(grad_scale), beta1, beta2, 1 - beta1, 1 - beta2)
+    rates = (lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps)
+    columns: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
+    for decayed, *arrays in zip(decays, params, grads, m, v, strict=True):
+        decay = 1 - lr * weight_decay if decayed else 1.0
+        for column, new in zip(columns, _update(arrays, (*means, decay, *rates)), strict=True):
+            column.append(new)
+    return columns
+
+
+def _update(arrays: list[np.ndarray], numbers: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+    """Return the new param, m and v of one param, grad, m and v."""
+    param, size = arrays[0], arrays[0].size
     dtype = compute_dtype(param.dtype)
-    new = [empty((param.size,), dtype) for _ in range(3)]
-    scalars = (grad_scale, beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step))
-    arrays = [_flat(x, dtype) for x in (param, grad, m, v)]
-    launch(_adamw, dtype, -(-param.size // BLOCK), *arrays, *new, *map(float, scalars), float(eps), work=param.size)
+    new = [empty((size,), dtype) for _ in range(3)]
+    flat = [_flat(x, dtype) for x in arrays]
+    launch(_adamw, dtype, -(-size // BLOCK), *flat, *new, *map(float, numbers), work=size)
     p, m, v = (x.reshape(param.shape) for x in new)
     return p.astype(param.dtype.newbyteorder("="), copy=False), m, v
 
 
-def sum_of_squares(x: np.ndarray) -> float:
-    """Return the sum of the squares of all numbers of `x`, in float64 whatever its dtype.
+def global_norm(arrays: Sequence[np.ndarray], max_norm: float = math.inf) -> tuple[float, float]:
+    """Return the Euclidean norm of all entries of all arrays, and the factor that brings it down to `max_norm`.
 
-    >>> sum_of_squares(np.array([3.0, 4.0]))
-    25.0
+    Squares are summed in float64 whatever the dtype. The factor is 1 for a norm that is small enough or not finite.
+
+    >>> global_norm([np.array([3.0]), np.array([[4.0]])], max_norm=1.0)
+    (5.0, 0.2)
     """
+    norm = math.sqrt(math.fsum(_sum_of_squares_of(x) for x in arrays))
+    return norm, max_norm / norm if max_norm < norm < math.inf else 1.0
+
+
+def _sum_of_squares_of(x: np.ndarray) -> float:
     dtype = compute_dtype(x.dtype)
     flat = _flat(x, dtype)
     parts = empty((-(-flat.size // BLOCK),), np.float64)
