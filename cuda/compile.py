@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import types as python
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,13 +23,21 @@ from numba.cuda.compiler import compile_cuda, kernel_fixup
 from numba.cuda.cudadrv import nvvm
 
 from npmamba import scalar
-from npmamba.cuda import device, intrinsics
-from npmamba.cuda.device import rcp, wide_dtype
-from npmamba.scalar import cast, exp2, fma, select
+from npmamba.cuda import device, intrinsics, primitives
+from npmamba.cuda.device import wide_dtype
 
 OPTIONS = {"fastmath": True, "opt": 3}
 """For NVVM alone: denormal float32 results become 0, divisions are good to two units in the last place. Numba itself
 keeps NaN and infinity."""
+
+
+class Resources(NamedTuple):
+    """What a kernel takes: registers of a thread, bytes of a block's shared memory, bytes spilled and on the stack."""
+
+    registers: int
+    shared: int
+    spilled: int
+    stack: int
 
 
 class Machine(NamedTuple):
@@ -37,82 +46,19 @@ class Machine(NamedTuple):
     name: str
     code: bytes
     log: str
-    """What the assembler says of registers, spills and shared memory."""
+    """What the assembler and the linker say of it."""
     ptx: str
 
-
-# --- float32 primitives that are more than one instruction, in the words of scalar.py ---
-
-_LOG2E, _LOG2E_LOW = 1.4426950216293335, 1.9259629911266175e-08  # their sum is log2(e); the first one is a float32
-
-
-def _exp(x):
-    # 2^(x log2 e) with the product in two parts: its rounding would cost 1e-5 at x = 80
-    high = x * cast(_LOG2E, x)
-    low = fma(x, cast(_LOG2E_LOW, x), fma(x, cast(_LOG2E, x), -high))
-    power = exp2(high)
-    low = select(low == low, low, cast(0, x))  # at x = +-inf
-    return power * fma(low, cast(0.6931471805599453, x), cast(1, x))
-
-
-def _log1p(x):
-    # log(1 + x) = 2 artanh(s) with s = x / (2 + x) <= 1/3
-    s = x * rcp(cast(2, x) + x)
-    q = s * s
-    p = fma(cast(0.12461131066083908, x), q, cast(0.10634681582450867, x))
-    p = fma(p, q, cast(0.1431531310081482, x))
-    p = fma(p, q, cast(0.1999920755624771, x))
-    p = fma(p, q, cast(0.33333340287208557, x))
-    twice = s + s
-    return fma(p * q, twice, twice)
-
-
-def _divide(x, y):
-    return x * rcp(y)
-
-
-def _divide_double(x, y):
-    return x / y
-
-
-def _exp2_product(x, y):
-    return exp2(x * y)
-
-
-def _libdevice_expm1f(x):
-    return cuda.libdevice.expm1f(x)
-
-
-def _exp2_double(x):
-    return cuda.libdevice.exp2(x)
-
-
-def _exp_double(x):
-    return cuda.libdevice.exp(x)
-
-
-def _expm1_double(x):
-    return cuda.libdevice.expm1(x)
-
-
-def _log1p_double(x):
-    return cuda.libdevice.log1p(x)
-
-
-def _magnitude(x):
-    return cuda.libdevice.fabsf(x)
-
-
-def _magnitude_double(x):
-    return cuda.libdevice.fabs(x)
-
-
-def _sqrt_double(x):
-    return cuda.libdevice.sqrt(x)
-
-
-def _rcp_double(x):
-    return cast(1, x) / x
+    @property
+    def resources(self) -> Resources:
+        """What the log says; the shared memory is what CUDA itself takes (1 KiB from sm_90 on) and the kernel's."""
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", self.log)]
+        stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", self.log)]
+        linked = re.search(r"used (\d+) registers.* (\d+) stack, (\d+) bytes smem.* (\d+) bytes lmem", self.log)
+        if linked is None or not spills or not stack:
+            raise ValueError(f"the linker's log says nothing of {self.name}: {self.log}")
+        registers, frame, shared, local = (int(n) for n in linked.groups())
+        return Resources(registers, shared, sum(spills), max(frame, local, *stack))
 
 
 _WORDS: dict[Any, Any] = {
@@ -123,26 +69,26 @@ _WORDS: dict[Any, Any] = {
     )
 }  # fmt: skip
 _COMMON = {scalar.cast: intrinsics.cast, scalar.fma: intrinsics.fma, scalar.select: intrinsics.select}
-_PRODUCTS = {scalar.exp2_product: _exp2_product, scalar.exp2_product_small: _exp2_product}
+_PRODUCTS = {scalar.exp2_product: primitives.exp2_product, scalar.exp2_product_small: primitives.exp2_product}
 _FLOAT32 = {
     scalar.exp2: intrinsics.exp2_float32,
     scalar.sqrt: intrinsics.sqrt_float32,
-    scalar.divide: _divide,
-    scalar.magnitude: _magnitude,
+    scalar.divide: primitives.divide_float32,
+    scalar.magnitude: primitives.magnitude_float32,
     device.rcp: intrinsics.rcp_float32,
-    scalar.exp: _exp,
-    scalar.expm1: _libdevice_expm1f,
-    scalar.log1p: _log1p,
+    scalar.exp: primitives.exp_float32,
+    scalar.expm1: primitives.expm1_float32,
+    scalar.log1p: primitives.log1p_float32,
 }
 _FLOAT64 = {
-    scalar.exp2: _exp2_double,
-    scalar.sqrt: _sqrt_double,
-    scalar.divide: _divide_double,
-    scalar.magnitude: _magnitude_double,
-    device.rcp: _rcp_double,
-    scalar.exp: _exp_double,
-    scalar.expm1: _expm1_double,
-    scalar.log1p: _log1p_double,
+    scalar.exp2: primitives.exp2_float64,
+    scalar.sqrt: primitives.sqrt_float64,
+    scalar.divide: primitives.divide_float64,
+    scalar.magnitude: primitives.magnitude_float64,
+    device.rcp: primitives.rcp_float64,
+    scalar.exp: primitives.exp_float64,
+    scalar.expm1: primitives.expm1_float64,
+    scalar.log1p: primitives.log1p_float64,
 }
 _NUMBERS = {
     np.dtype(np.float16): types.int16,
@@ -216,41 +162,48 @@ def annotation_of(function: Callable[..., None], argument: str) -> str:
     return str(function.__annotations__[argument])
 
 
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _compiling_for(cc: tuple[int, int]) -> Iterator[None]:
     """Let device functions be compiled for `cc`: Numba would ask the current device, and needs a driver to."""
-    asked = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: python.SimpleNamespace(compute_capability=cc)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = asked
+    with _lock:
+        asked = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: python.SimpleNamespace(compute_capability=cc)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = asked
 
 
 def compile_ptx(
-    function: Callable[..., None], dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
+    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
 ) -> tuple[str, str]:
-    """Compile a kernel to PTX; return its name and the text."""
+    """Compile a kernel to PTX; return the entry point's name, which profilers show, and the text."""
     copy = _Translation(wide_dtype(dtype)).copy(function)
     arguments = signature(function, np.dtype(dtype))
     with _compiling_for(cc):
         result = compile_cuda(copy, types.void, arguments, nvvm_options=OPTIONS, cc=cc, abi="numba")
-    entry = result.fndesc.llvm_func_name
-    kernel = result.library.get_function(entry)
-    result.library._entry_name = entry
-    kernel_fixup(kernel, False)
-    nvvm.set_launch_bounds(kernel, (threads, blocks))
-    (ptx,) = result.library.get_asm_strs(cc=cc)
-    found = re.search(r"\.entry (\w+)\(", ptx)
-    assert found is not None
-    return found.group(1), ptx
+        library, mangled = result.library, result.fndesc.llvm_func_name
+        library._entry_name = mangled
+        kernel = library.get_function(mangled)
+        kernel_fixup(kernel, False)
+        nvvm.set_launch_bounds(kernel, (threads, blocks))
+        (ptx,) = library.get_asm_strs(cc=cc)
+    entry = re.sub(r"\W", "_", f"npmamba_{name}")
+    return entry, _NUMBA_ENVIRONMENT.sub("", ptx).replace(mangled, entry)
+
+
+_NUMBA_ENVIRONMENT = re.compile(r"^\.common \.global .* \w*NumbaEnv\w*;\n", re.MULTILINE)
+"""Eight bytes for each function that was compiled, which nothing reads."""
 
 
 def compile_machine(
     function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
 ) -> Machine:
     """Compile a kernel to machine code for compute capability `cc`."""
-    entry, ptx = compile_ptx(function, dtype, threads, blocks, cc)
+    entry, ptx = compile_ptx(function, name, dtype, threads, blocks, cc)
     options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"], verbose=True)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     code = linker.link("cubin").code
