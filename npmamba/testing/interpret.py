@@ -1,14 +1,20 @@
-"""The kernel interpreter: runs a CUDA kernel's Python source on NumPy arrays, one greenlet per CUDA thread.
+"""The kernel interpreter: runs the Python source of a CUDA kernel on NumPy arrays, and finds its mistakes.
 
-No device, no driver, no environment variable: the same process can compile kernels and interpret them. Blocks run one
-after another; the threads of a block in an order that `seed` permutes.
+No device, no driver and no environment variable is needed: one process can compile kernels and interpret them. Every
+CUDA thread is a greenlet. Blocks run one after another, warps and threads in an order that `seed` permutes.
+
+What is found, whatever the order and the values are, is raised as a `npmamba.testing.findings.KernelError`: races in
+a block and between blocks, barriers and shuffles that not all threads reach, wrong masks, reads of memory that nobody
+wrote, accesses outside an array, unaligned vector accesses, and copies to shared memory that were not waited for.
+
+Numbers are NumPy's: float32 stays float32, uint32 wraps around. Not found here: float64 arithmetic that the compiler
+would make of a bare literal, and 64-bit arithmetic of a uint32 and a bare int; both show in the compiled text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import math
+import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,163 +22,21 @@ from typing import Any
 import numpy as np
 
 try:
-    import greenlet
+    import greenlet  # noqa: F401
 except ImportError:
     raise ImportError(
-        'the kernel interpreter runs every CUDA thread as a greenlet, and the package greenlet is missing: pip install "npmamba[fuzz]"'
+        "npmamba.testing.interpret needs the package greenlet, which the extra `fuzz` brings: "
+        'pip install "npmamba[fuzz]"'
     ) from None
 
-from npmamba.cuda import device, launch
-from npmamba.testing import words
-from npmamba.testing.findings import DivergentBarrierError, KernelError, ShuffleError
-from npmamba.testing.memory import Array, Memory, Null, Pointer, contiguous, where
+from npmamba.cuda import arrays, device, launch
+from npmamba.testing import arithmetic, shadow, words
+from npmamba.testing.shadow import memory_of
+from npmamba.testing.threads import Block, Index, Launch
+from npmamba.testing.views import Array, Null, Pointer
 
-
-class Index:
-    """Three numbers x, y, z."""
-
-    __slots__ = ("x", "y", "z")
-
-    def __init__(self, x: int = 1, y: int = 1, z: int = 1) -> None:
-        self.x, self.y, self.z = x, y, z
-
-    def __repr__(self) -> str:
-        return f"({self.x}, {self.y}, {self.z})"
-
-
-class Thread(greenlet.greenlet):
-    """One CUDA thread. `request` is what it waits for: (kind, mask, value, source lane, place)."""
-
-    def __init__(self, block: Block, number: int, function: Any, arguments: tuple[Any, ...]) -> None:
-        super().__init__(lambda: function(*arguments))
-        self.block, self.number, self.lane = block, number, number & 31
-        n = block.threads
-        self.index = Index(number % n.x, number // n.x % n.y, number // (n.x * n.y))
-        self.request: Any = None
-        self.result: Any = None
-        self.arrays = 0
-
-    def meet(self, kind: str, mask: int = words.FULL, value: Any = None, source: int = 0) -> Any:
-        self.request = (kind, mask, value, source, where())
-        self.parent.switch()
-        return self.result
-
-    def __repr__(self) -> str:
-        return f"thread {self.index} of block {self.block.index}"
-
-
-class Block:
-    """The threads of a block, and what they share."""
-
-    def __init__(
-        self,
-        function: Any,
-        arguments: tuple[Any, ...],
-        index: Index,
-        grid: Index,
-        threads: Index,
-        dynamic: int,
-        rng: Any,
-    ) -> None:
-        self.index, self.grid, self.threads, self.rng = index, grid, threads, rng
-        self.shared: list[Array] = []
-        self.dynamic = np.zeros(dynamic, np.uint8)
-        count = threads.x * threads.y * threads.z
-        self.lanes = [Thread(self, k, function, arguments) for k in range(count)]
-        for t in self.lanes:
-            t.gr_context = contextvars.copy_context()
-
-    def shared_array(self, thread: Thread, shape: Any, dtype: np.dtype, alignment: int | None) -> Array:
-        shape = tuple(int(n) for n in shape) if isinstance(shape, (tuple, list)) else (int(shape),)
-        if shape == (0,):
-            flat = self.dynamic[: len(self.dynamic) // dtype.itemsize * dtype.itemsize].view(dtype)
-            return Array(Memory("dynamic shared memory", flat, 0), 0, flat.shape, (1,))
-        k, thread.arrays = thread.arrays, thread.arrays + 1
-        if k == len(self.shared):
-            low = (alignment or dtype.itemsize) // dtype.itemsize  # aligned to no more than was asked for
-            flat = np.full(math.prod(shape), np.nan if dtype.kind not in "iub" else 0).astype(dtype)
-            self.shared.append(
-                Array(Memory(f"shared array {k + 1}", flat, low), low, shape, contiguous(shape))
-            )
-        return self.shared[k]
-
-    def run(self) -> None:
-        warps = [self.lanes[k : k + 32] for k in range(0, len(self.lanes), 32)]
-        while True:
-            if self.rng is not None:
-                self.rng.shuffle(warps)
-            for warp in warps:
-                self._advance(warp)
-            waiting = [t for t in self.lanes if not t.dead]
-            if not waiting:
-                return
-            if len(waiting) < len(self.lanes):
-                gone = next(t for t in self.lanes if t.dead)
-                raise DivergentBarrierError(
-                    f"{waiting[0].request[4]}: {waiting[0]} waits at a barrier, but {gone} has ended"
-                )
-            places = {t.request[4]: t for t in waiting}
-            if len(places) > 1:
-                told = ", ".join(f"{t} at {place}" for place, t in places.items())
-                raise DivergentBarrierError(f"threads of one block wait at different barriers: {told}")
-
-    def _advance(self, warp: list[Thread]) -> None:
-        ready = [t for t in warp if not t.dead]
-        while ready:
-            if self.rng is not None:
-                self.rng.shuffle(ready)
-            for t in ready:
-                t.request = None
-                self._switch(t)
-            ready = self._meet(warp)
-
-    def _switch(self, t: Thread) -> None:
-        try:
-            t.switch()
-        except Exception as error:
-            error.add_note(f"in {t}")
-            raise
-
-    def _meet(self, warp: list[Thread]) -> list[Thread]:
-        """Serve the shuffles and warp barriers whose lanes have all come; return the lanes that go on."""
-        asking = [t for t in warp if not t.dead and t.request[0] != "barrier"]
-        if not asking:
-            return []
-        for mask in {t.request[1] for t in asking}:
-            group = [t for t in asking if t.request[1] == mask]
-            named = [t for t in warp if mask >> t.lane & 1]
-            for t in group:
-                if t not in named:
-                    raise ShuffleError(
-                        f"{t.request[4]}: {t} calls with mask {mask:#x}, which leaves out its own lane {t.lane}"
-                    )
-            if len(group) == len(named) and len({(t.request[0], t.request[4]) for t in group}) == 1:
-                self._serve(group)
-                return group
-        first = asking[0]
-        missing = [
-            t for t in warp if first.request[1] >> t.lane & 1 and (t.dead or t.request[4] != first.request[4])
-        ]
-        told = ", ".join(f"{t} {'has ended' if t.dead else 'waits at ' + t.request[4]}" for t in missing[:4])
-        raise DivergentBarrierError(
-            f"{first.request[4]}: {first} waits for lanes {first.request[1]:#x}, but {told}"
-        )
-
-    def _serve(self, group: list[Thread]) -> None:
-        lanes = {t.lane: t for t in group}
-        kind = group[0].request[0]
-        if kind == "vote":
-            said = {lane: t.request[2] for lane, t in lanes.items()}
-            for t in group:
-                t.result = said
-        elif kind == "shuffle":
-            for t in group:
-                source = lanes.get(t.request[3])
-                if source is None:
-                    raise ShuffleError(
-                        f"{t.request[4]}: {t} reads from lane {t.request[3]}, which is not in the mask {t.request[1]:#x}"
-                    )
-                t.result = source.request[2]
+_MODULES = {"numba.cuda": words.CUDA, "numba.cuda.libdevice": arithmetic.LIBDEVICE, "math": arithmetic.MATH}
+_OPAQUE = ("numpy", "numba", "npmamba.testing.")
 
 
 def _replacement(x: Any, memo: dict[Any, Any]) -> Any:
@@ -180,135 +44,194 @@ def _replacement(x: Any, memo: dict[Any, Any]) -> Any:
     if x is device.cuda:
         return words.CUDA
     if isinstance(x, types.ModuleType):
-        known = {"numba.cuda": words.CUDA, "math": words.MATH, "numba.cuda.libdevice": words.LIBDEVICE}
-        return known.get(x.__name__, x)
-    with contextlib.suppress(TypeError):
+        return _MODULES.get(x.__name__, x)
+    if isinstance(x, np.dtype):
+        return x.type
+    with contextlib.suppress(TypeError):  # what cannot be hashed
         if x in words.STAND_INS:
             return words.STAND_INS[x]
-    if isinstance(x, types.FunctionType) and x.__module__ == "numba.cuda.libdevice":
-        return getattr(words.LIBDEVICE, x.__name__)
+    home = str(getattr(x, "__module__", ""))
+    if home.startswith("numba.cuda.libdevice"):
+        return getattr(arithmetic.LIBDEVICE, x.__name__)
+    if home.startswith("numba.cuda.stubs"):
+        return getattr(words.CUDA, x.__name__)
     if hasattr(x, "py_func"):
         return rebind(x.py_func, memo)
-    if isinstance(x, types.FunctionType) and not x.__module__.startswith(
-        ("numpy", "numba", "npmamba.testing")
-    ):
+    if isinstance(x, types.FunctionType) and not home.startswith(_OPAQUE):
         return rebind(x, memo)
     return x
 
 
 def _names(code: types.CodeType) -> set[str]:
-    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*inner)
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def rebind(function: Any, memo: dict[Any, Any] | None = None) -> Any:
+def rebind(function: Any, memo: dict[Any, Any]) -> Any:
     """Return a copy of a function in which `cuda`, intrinsics and device functions are the interpreter's."""
-    memo = {} if memo is None else memo
     if function in memo:
         return memo[function]
-    known = dict(function.__globals__)
-    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    scope = dict(function.__globals__)
+    closure = function.__closure__ or ()
+    cells = tuple(types.CellType() for _ in closure)
     copy = types.FunctionType(
-        function.__code__, known, function.__name__, function.__defaults__, cells or None
+        function.__code__, scope, function.__name__, function.__defaults__, cells or None
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     memo[function] = copy
-    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+    for cell, old in zip(cells, closure, strict=True):
         with contextlib.suppress(ValueError):  # a name that is not bound yet
             cell.cell_contents = _replacement(old.cell_contents, memo)
-    for name in _names(function.__code__) & known.keys():
-        known[name] = _replacement(known[name], memo)
+    for name in _names(function.__code__) & scope.keys():
+        scope[name] = _replacement(scope[name], memo)
     return copy
 
 
-def run(
-    function: Any,
-    grid: tuple[int, ...],
-    threads: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    shared: int,
-    rng: Any,
-) -> None:
+def _run(
+    function: Any, grid: tuple[int, ...], threads: tuple[int, ...], arguments: tuple[Any, ...], shared: int,
+    order: random.Random | None, check: Any,
+) -> None:  # fmt: skip
     """Run a kernel on arguments that are pointers, arrays and numbers already."""
-    size, shape = Index(*map(int, threads)), Index(*map(int, grid))
-    if size.x * size.y * size.z > 1024 or shape.x >= 2**31 or max(shape.y, shape.z) > 65535:
-        raise ValueError(f"no device takes a grid of {shape} blocks of {size} threads")
-    copy = rebind(function)
-    order = np.arange(shape.x * shape.y * shape.z)
-    if rng is not None:
-        rng.shuffle(order)
+    blocks, size = Index(*map(int, grid)), Index(*map(int, threads))
+    if size.total() > 1024 or blocks.x >= 2**31 or max(blocks.y, blocks.z) > 65535:
+        raise ValueError(f"no device takes a grid of {tuple(blocks)} blocks of {tuple(size)} threads")
+    places = tuple(size.at(k) for k in range(size.total()))
+    copy = rebind(function, {})
+    job = Launch(copy, arguments, blocks, size, shared, places, bool(check), check != "strict", order)
+    time = 1
     with np.errstate(all="ignore"):
-        for k in order.tolist():
-            at = Index(k % shape.x, k // shape.x % shape.y, k // (shape.x * shape.y))
-            Block(copy, arguments, at, shape, size, shared, rng).run()
+        for k in job.order(range(blocks.total())):
+            time = Block(job, blocks.at(k), time).run()
 
 
 _POINTERS = {"Double": np.float64, "Long": np.int64, "Flags": np.uint8}
 
 
-def _argument(name: str, kind: str, dtype: np.dtype, x: Any) -> Any:
+def _argument(name: str, kind: str, dtype: np.dtype, x: Any, cells: Any) -> Any:
     """Return an argument of a launch as the kernel sees it."""
-    wide = launch.wide_dtype(dtype)
-    numbers = {"Size": np.uint32, "Stride": np.int64, "Real": wide.type}
-    if kind in numbers:
-        return numbers[kind](x)
-    expected = np.dtype({"Data": dtype, "Wide": wide, **_POINTERS}[kind])
+    real = launch.wide_dtype(dtype)
+    scalars: dict[str, Any] = {"Size": np.uint32, "Stride": np.int64, "Real": real.type}
+    if kind in scalars:
+        return scalars[kind](x)
+    pointers: dict[str, Any] = {"Data": dtype, "Wide": real, **_POINTERS}
+    expected = np.dtype(pointers[kind])
     if x is None:
         return Null(name, expected)
     x = x.view(np.uint8) if x.dtype == bool else x
     if x.dtype != expected:
-        raise KernelError(
-            f"argument {name} is annotated {kind}: the kernel expects {expected}, got {x.dtype}"
-        )
-    return Pointer(*Memory.of(f"argument {name}", x))
+        raise TypeError(f"{name} is annotated {kind}, which is {expected} here; got an array of {x.dtype}")
+    memory = memory_of(name, x, cells)
+    return Pointer(memory, memory.first)
 
 
 @contextlib.contextmanager
-def interpreted(seed: int | None = None) -> Iterator[None]:
-    """Have CUDA kernels run on NumPy arrays inside a ``with`` block.
+def _unwritten_outputs() -> Iterator[None]:
+    """Have `npmamba.cuda.arrays.empty` allocate arrays in which a read of what nobody wrote is found.
+
+    The code is replaced inside the function, as modules hold the function itself under a name of their own.
+    """
+    before, arrays.empty.__code__ = arrays.empty.__code__, shadow.empty.__code__
+    try:
+        yield
+    finally:
+        arrays.empty.__code__ = before
+
+
+@contextlib.contextmanager
+def interpreted(seed: int | None = None, *, check: bool | str = "races") -> Iterator[None]:
+    """Run CUDA kernels on NumPy arrays inside a ``with`` block: the twins in `npmamba.cuda` then take NumPy arrays.
 
     Parameters
     ----------
     seed : int, optional
         Permutes the order of blocks, warps and threads.
+    check : "races", "strict" or False
+        "races" takes a shuffle to order the memory accesses of its warp, as compilers do; "strict" does not, as the
+        programming guide does not promise it. False leaves out the findings that need a record of every access
+        (races, and reads of shared memory that nobody wrote), and takes about half the time.
     """
-    rng = None if seed is None else np.random.default_rng(seed)
+    order = None if seed is None else random.Random(seed)
 
-    def launched(
+    def run(
         spec: launch.Specialization, grid: tuple[int, ...], arguments: tuple[Any, ...], shared: int
     ) -> None:
-        kinds = {name: str(a) for name, a in spec.function.__annotations__.items() if name != "return"}
+        kinds = {name: str(kind) for name, kind in spec.function.__annotations__.items() if name != "return"}
         if len(kinds) != len(arguments):
             raise TypeError(f"{spec.name} takes {len(kinds)} arguments, got {len(arguments)}")
-        seen = tuple(
-            _argument(n, k, spec.dtype, x) for (n, k), x in zip(kinds.items(), arguments, strict=True)
-        )
+        cells: Any = {} if check else None
+        given = zip(kinds.items(), arguments, strict=True)
         try:
-            run(spec.function, grid, (spec.threads,), seen, shared, rng)
+            seen = tuple(_argument(name, kind, spec.dtype, x, cells) for (name, kind), x in given)
+            _run(spec.function, grid, (spec.threads,), seen, shared, order, check)
         except Exception as error:
             error.add_note(f"in kernel {spec.name}")
             raise
 
-    with launch.interpreted_by(launched):
+    with launch.interpreted_by(run), _unwritten_outputs():
         yield
 
 
 def interpret(
-    kernel: Callable[..., None],
-    grid: Any,
-    threads: Any,
-    *arguments: Any,
-    seed: int | None = None,
-    shared: int = 0,
-) -> None:
-    """Run a Numba CUDA kernel, or a plain function in its words, on NumPy arrays."""
+    kernel: Callable[..., None], grid: Any, threads: Any, *arguments: Any, seed: int | None = None, shared: int = 0,
+    check: bool | str = "races",
+) -> None:  # fmt: skip
+    """Run one CUDA kernel on NumPy arrays.
+
+    Parameters
+    ----------
+    kernel : callable
+        A kernel or device function of Numba CUDA (``@cuda.jit``), or a plain function in the words of one.
+    grid, threads : int or tuple of int
+        Blocks of the grid and threads of a block.
+    *arguments
+        Arrays and numbers. A parameter annotated with a pointer of `npmamba.cuda.device` is a flat pointer, a number
+        annotated ``Size`` a uint32; any other array is one of Numba's.
+    seed : int, optional
+        Permutes the order of blocks, warps and threads.
+    shared : int
+        Bytes of dynamic shared memory.
+    check : "races", "strict" or False
+        As for `interpreted`.
+
+    Raises
+    ------
+    npmamba.testing.findings.KernelError
+        At the first mistake, of the class that fits it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from npmamba.cuda.device import cuda
+    >>> from npmamba.testing.interpret import interpret
+    >>> def reverse(x, y):
+    ...     tile = cuda.shared.array(64, np.float32)
+    ...     t = cuda.threadIdx.x
+    ...     tile[t] = x[t]
+    ...     cuda.syncthreads()
+    ...     y[t] = tile[63 - t]
+    >>> x, y = np.arange(64, dtype=np.float32), np.empty(64, np.float32)
+    >>> interpret(reverse, 1, 64, x, y)
+    >>> y[:3].tolist()
+    [63.0, 62.0, 61.0]
+    """
     function = getattr(kernel, "py_func", kernel)
-    names = function.__code__.co_varnames
-    seen = []
-    for name, x in zip(names, arguments, strict=False):
-        if isinstance(x, np.ndarray):
-            memory, first = Memory.of(f"argument {name}", x)
-            x = Array(memory, first, x.shape, tuple(s // x.itemsize for s in x.strides))
-        seen.append(x)
-    rng = None if seed is None else np.random.default_rng(seed)
-    run(function, tuple(np.atleast_1d(grid)), tuple(np.atleast_1d(threads)), tuple(seen), shared, rng)
+    cells: Any = {} if check else None
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    if len(names) != len(arguments):
+        raise TypeError(f"{function.__name__} takes {len(names)} arguments, got {len(arguments)}")
+    seen = tuple(
+        _numba_argument(name, str(function.__annotations__.get(name)), x, cells)
+        for name, x in zip(names, arguments, strict=True)
+    )
+    order = None if seed is None else random.Random(seed)
+    grid, threads = (tuple(np.atleast_1d(n).tolist()) for n in (grid, threads))
+    _run(function, grid, threads, seen, shared, order, check)
+
+
+def _numba_argument(name: str, kind: str, x: Any, cells: Any) -> Any:
+    if kind in ("Data", "Wide", *_POINTERS, "Size", "Stride", "Real"):
+        dtype = np.dtype(np.float32) if x is None or kind not in ("Data", "Wide") else x.dtype
+        return _argument(name, "Data" if kind == "Wide" else kind, dtype, x, cells)
+    if not isinstance(x, np.ndarray):
+        return x
+    memory = memory_of(name, x, cells)
+    return Array(memory, memory.first, x.shape, tuple(s // x.itemsize for s in x.strides))

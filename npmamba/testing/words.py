@@ -1,9 +1,9 @@
-"""What stands for `cuda`, for libdevice and for the primitives of `npmamba.scalar` while a kernel is interpreted."""
+"""What stands for `cuda` and for intrinsics while a kernel is interpreted."""
 
 from __future__ import annotations
 
-import math
-import struct
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,224 +11,173 @@ from greenlet import getcurrent
 
 from npmamba import scalar
 from npmamba.cuda import device
-from npmamba.testing import memory
+from npmamba.testing import arithmetic, views
+from npmamba.testing.findings import KernelError, party
 
 FULL = 0xFFFFFFFF
+_getframe = sys._getframe
 
 
-def dtype_of(x: Any) -> np.dtype:
-    """Return a NumPy dtype for a NumPy or Numba type."""
+def _dtype(x: Any) -> np.dtype:
+    """Return the NumPy dtype for a NumPy or Numba type."""
     return np.dtype(x) if isinstance(x, (np.dtype, type)) else np.dtype(str(x))
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in x) if isinstance(x, (tuple, list)) else (int(x),)
+
+
 class _Shared:
-    def array(self, shape: Any, dtype: Any, alignment: int | None = None) -> memory.Array:
+    @staticmethod
+    def array(shape: Any, dtype: Any, alignment: int | None = None) -> views.Array:
         thread: Any = getcurrent()
-        return thread.block.shared_array(thread, shape, dtype_of(dtype), alignment)
+        return thread.block.shared_array(_getframe(1), _shape(shape), _dtype(dtype), alignment)
 
 
 class _Local:
-    def array(self, shape: Any, dtype: Any, alignment: int | None = None) -> memory.Local:
-        return memory.Local(
-            tuple(shape) if isinstance(shape, (tuple, list)) else (int(shape),), dtype_of(dtype)
-        )
+    @staticmethod
+    def array(shape: Any, dtype: Any, alignment: int | None = None) -> views.Local:
+        frame = _getframe(1)
+        return views.Local(_shape(shape), _dtype(dtype), (frame.f_code, frame.f_lasti))
 
 
-def _shuffle(source: Any) -> Any:
-    def shuffle(self: Any, mask: Any, value: Any, n: Any) -> Any:
-        thread: Any = getcurrent()
-        return thread.meet("shuffle", int(mask) & FULL, value, source(thread.lane, int(n)))
+class _Atomic:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            change = _ATOMICS[name]
+        except KeyError:
+            raise KernelError(f"the kernel interpreter has no stand-in for cuda.atomic.{name}") from None
 
-    return shuffle
+        def word(array: Any, i: Any, *values: Any) -> Any:
+            return array.memory.exchange(array.place(i), lambda old: change(old, *values))
+
+        return word
+
+
+_ATOMICS: dict[str, Callable[..., Any]] = {
+    "add": lambda old, x: old + x,
+    "sub": lambda old, x: old - x,
+    "max": max,
+    "min": min,
+    "exch": lambda old, x: x,
+    "cas": lambda old, expected, x: x if old == expected else old,
+}
+
+
+def _wait(kind: str, mask: Any, value: Any = None, source: int = 0) -> Any:
+    """Stop the running thread, which a word of `Cuda` was called by, until the others have come."""
+    thread: Any = getcurrent()
+    frame = _getframe(2)
+    thread.value, thread.source = value, source
+    thread.request = (kind, mask, frame.f_code, frame.f_lasti)
+    thread.parent.switch()
+    return thread.result
+
+
+def _running() -> Any:
+    return getcurrent()
 
 
 class Cuda:
-    """The names a kernel finds under ``cuda``."""
+    """The names that a kernel finds under ``cuda``."""
 
     warpsize = 32
-    threadIdx = property(lambda self: getcurrent().index)  # type: ignore[attr-defined]
-    laneid = property(lambda self: getcurrent().lane)  # type: ignore[attr-defined]
-    blockIdx = property(lambda self: getcurrent().block.index)  # type: ignore[attr-defined]
-    blockDim = property(lambda self: getcurrent().block.threads)  # type: ignore[attr-defined]
-    gridDim = property(lambda self: getcurrent().block.grid)  # type: ignore[attr-defined]
-    shared, local = _Shared(), _Local()
-    shfl_sync = _shuffle(lambda lane, n: n & 31)
-    shfl_xor_sync = _shuffle(lambda lane, n: lane ^ n)
-    shfl_up_sync = _shuffle(lambda lane, n: lane - n if lane >= n else lane)
-    shfl_down_sync = _shuffle(lambda lane, n: lane + n if lane + n < 32 else lane)
+    libdevice = arithmetic.LIBDEVICE
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
+    threadIdx = property(lambda self: _running().index)
+    blockIdx = property(lambda self: _running().block.index)
+    blockDim = property(lambda self: _running().block.launch.threads)
+    gridDim = property(lambda self: _running().block.launch.grid)
+    laneid = property(lambda self: _running().lane)
+    fma, selp = staticmethod(arithmetic.fma), staticmethod(arithmetic.select)
+
+    def __getattr__(self, name: str) -> Any:
+        raise KernelError(f"the kernel interpreter has no stand-in for cuda.{name}: {party(_running())}")
 
     def grid(self, ndim: int) -> Any:
-        at, block, threads = self.threadIdx, self.blockIdx, self.blockDim
-        all_ = [getattr(block, q) * getattr(threads, q) + getattr(at, q) for q in "xyz"]
-        return all_[0] if ndim == 1 else tuple(all_[:ndim])
+        n, block, t = self.blockDim, self.blockIdx, self.threadIdx
+        numbers_ = tuple(block[k] * n[k] + t[k] for k in range(ndim))
+        return numbers_ if ndim > 1 else numbers_[0]
 
     def gridsize(self, ndim: int) -> Any:
-        all_ = [getattr(self.gridDim, q) * getattr(self.blockDim, q) for q in "xyz"]
-        return all_[0] if ndim == 1 else tuple(all_[:ndim])
+        sizes = tuple(self.gridDim[k] * self.blockDim[k] for k in range(ndim))
+        return sizes if ndim > 1 else sizes[0]
 
     def syncthreads(self) -> None:
-        getcurrent().meet("barrier")  # type: ignore[attr-defined]
+        _wait("barrier", None)
+
+    def syncthreads_count(self, predicate: Any) -> int:
+        return sum(_wait("barrier", None, bool(predicate)))
+
+    def syncthreads_and(self, predicate: Any) -> bool:
+        return all(_wait("barrier", None, bool(predicate)))
+
+    def syncthreads_or(self, predicate: Any) -> bool:
+        return any(_wait("barrier", None, bool(predicate)))
 
     def syncwarp(self, mask: Any = FULL) -> None:
-        getcurrent().meet("syncwarp", int(mask) & FULL)  # type: ignore[attr-defined]
+        _wait("syncwarp", int(mask) & FULL)
+
+    def shfl_sync(self, mask: Any, value: Any, source: Any) -> Any:
+        return _wait("shuffle", int(mask) & FULL, value, int(source) & 31)
+
+    def shfl_xor_sync(self, mask: Any, value: Any, n: Any) -> Any:
+        return _wait("shuffle", int(mask) & FULL, value, _running().lane ^ int(n))
+
+    def shfl_up_sync(self, mask: Any, value: Any, n: Any) -> Any:
+        lane = _running().lane
+        return _wait("shuffle", int(mask) & FULL, value, lane - int(n) if lane >= n else lane)
+
+    def shfl_down_sync(self, mask: Any, value: Any, n: Any) -> Any:
+        lane = _running().lane
+        return _wait("shuffle", int(mask) & FULL, value, lane + int(n) if lane + n < 32 else lane)
 
     def ballot_sync(self, mask: Any, predicate: Any) -> Any:
-        said = getcurrent().meet("vote", int(mask) & FULL, bool(predicate))  # type: ignore[attr-defined]
+        said = _wait("vote", int(mask) & FULL, bool(predicate))
         return np.uint32(sum(1 << lane for lane, yes in said.items() if yes))
 
-    def any_sync(self, mask: Any, predicate: Any) -> Any:
-        return any(getcurrent().meet("vote", int(mask) & FULL, bool(predicate)).values())  # type: ignore[attr-defined]
+    def any_sync(self, mask: Any, predicate: Any) -> bool:
+        return any(_wait("vote", int(mask) & FULL, bool(predicate)).values())
 
-    def all_sync(self, mask: Any, predicate: Any) -> Any:
-        return all(getcurrent().meet("vote", int(mask) & FULL, bool(predicate)).values())  # type: ignore[attr-defined]
+    def all_sync(self, mask: Any, predicate: Any) -> bool:
+        return all(_wait("vote", int(mask) & FULL, bool(predicate)).values())
 
-    def popc(self, x: Any) -> Any:
+    def popc(self, x: Any) -> int:
         return int(x).bit_count()
 
-    def ffs(self, x: Any) -> Any:
+    def ffs(self, x: Any) -> int:
         return (int(x) & -int(x)).bit_length()
 
-    def clz(self, x: Any) -> Any:
+    def clz(self, x: Any) -> int:
         return 32 - (int(x) & FULL).bit_length()
 
-    def fma(self, x: Any, y: Any, z: Any) -> Any:
-        return fma(x, y, z)
-
-    def selp(self, condition: Any, x: Any, y: Any) -> Any:
-        return x if condition else y
-
     def threadfence(self) -> None:
-        """Orders memory; blocks run one after another here."""
+        """Blocks run one after another here."""
 
     threadfence_block = threadfence
 
 
-# --- numbers, one at a time: math is five times as fast as NumPy's functions ---
-
-
-def _number(function: Any) -> Any:
-    def word(x: Any) -> Any:
-        kind = np.float64 if type(x) is np.float64 else np.float32
-        try:
-            return kind(function(x))
-        except OverflowError:
-            return kind(math.inf)
-        except ValueError:
-            return kind(math.nan)
-
-    return word
-
-
-def cast(c: Any, x: Any) -> Any:
-    return type(x)(c)
-
-
-def fma(x: Any, y: Any, z: Any) -> Any:
-    if type(x) is np.float32:
-        return np.float32(float(x) * float(y) + float(z))
-    return x * y + z
-
-
-def select(condition: Any, x: Any, y: Any) -> Any:
-    return x if condition else y
-
-
-exp2, exp, expm1, log1p, sqrt = map(_number, (math.exp2, math.exp, math.expm1, math.log1p, math.sqrt))
-
-
-def _log(function: Any) -> Any:
-    return _number(lambda x: function(x) if x > 0 else (-math.inf if x == 0 else math.nan))
-
-
-class Libdevice:
-    """Stand-ins for the functions of libdevice, by name."""
-
-    exp2f, expf, expm1f, log1pf = map(staticmethod, (exp2, exp, expm1, log1p))
-    exp2, exp, expm1, log1p = exp2f, expf, expm1f, log1pf
-    logf = log = fast_logf = staticmethod(_log(math.log))
-    log2f = log2 = fast_log2f = staticmethod(_log(math.log2))
-    fast_expf, sqrtf, sqrt = expf, staticmethod(sqrt), staticmethod(sqrt)
-    tanhf = tanh = staticmethod(_number(math.tanh))
-    rsqrtf = rsqrt = staticmethod(_number(lambda x: 1 / math.sqrt(x) if x else math.inf))
-    fmaf = fma = fmaf_rn = staticmethod(fma)
-    fabsf = fabs = staticmethod(abs)
-    fmaxf = fmax = staticmethod(np.fmax)
-    fminf = fmin = staticmethod(np.fmin)
-
-    @staticmethod
-    def fast_fdividef(x: Any, y: Any) -> Any:
-        return np.float32(x) / np.float32(y)
-
-    @staticmethod
-    def float_as_int(x: Any) -> Any:
-        return np.int32(struct.unpack("i", struct.pack("f", x))[0])
-
-    @staticmethod
-    def int_as_float(x: Any) -> Any:
-        return np.float32(struct.unpack("f", struct.pack("i", x))[0])
-
-    float_as_uint = staticmethod(lambda x: np.float32(x).view(np.uint32))
-    uint_as_float = staticmethod(lambda x: np.uint32(x).view(np.float32))
-    frcp_rn = frcp_rd = staticmethod(lambda x: np.float32(1) / np.float32(x))
-
-
-class Math:
-    """Python's `math` as Numba compiles it: a float32 stays one."""
-
-    exp, exp2, expm1, log1p, sqrt = (
-        Libdevice.exp,
-        Libdevice.exp2,
-        Libdevice.expm1,
-        Libdevice.log1p,
-        Libdevice.sqrt,
-    )
-    log, log2 = Libdevice.log, Libdevice.log2
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("floor", "ceil", "pi", "e", "inf", "nan", "gcd"):
-            return getattr(math, name)
-        return getattr(np, name)
-
-
-class _Libdevice(Libdevice):
-    pass
-
-
-CUDA, LIBDEVICE, MATH = Cuda(), _Libdevice(), Math()
-Cuda.libdevice = LIBDEVICE  # type: ignore[attr-defined]
-
-
-def commit_async() -> None:
-    pass
-
-
-def wait_async(pending: int) -> None:
-    pass
-
+CUDA = Cuda()
 
 STAND_INS: dict[Any, Any] = {
-    device.load: memory.load,
-    device.store: memory.store,
-    device.load2: memory.vector_load(2),
-    device.load4: memory.vector_load(4),
-    device.load8: memory.vector_load(8),
-    device.store2: memory.vector_store(2),
-    device.store4: memory.vector_store(4),
-    device.store8: memory.vector_store(8),
-    device.copy_async: memory.copy_async,
-    device.commit_async: commit_async,
-    device.wait_async: wait_async,
-    scalar.cast: cast,
-    scalar.fma: fma,
-    scalar.select: select,
-    scalar.exp2: exp2,
-    scalar.exp2_product: lambda x, y: exp2(x * y),
-    scalar.exp2_product_small: lambda x, y: exp2(x * y),
-    scalar.exp: exp,
-    scalar.expm1: expm1,
-    scalar.log1p: log1p,
-    scalar.sqrt: sqrt,
+    device.load: views.load,
+    device.store: views.store,
+    device.load2: views.vector_load(2),
+    device.load4: views.vector_load(4),
+    device.load8: views.vector_load(8),
+    device.store2: views.vector_store(2),
+    device.store4: views.vector_store(4),
+    device.store8: views.vector_store(8),
+    device.copy_async: views.copy_async,
+    device.commit_async: views.commit_async,
+    device.wait_async: views.wait_async,
+    device.rcp: arithmetic.reciprocal,
+    scalar.exp2_product: arithmetic.exp2_product,
+    scalar.exp2_product_small: arithmetic.exp2_product,
     scalar.magnitude: abs,
-    device.rcp: lambda x: type(x)(1) / x,
+    **{
+        getattr(scalar, name): getattr(arithmetic, name)
+        for name in ("cast", "fma", "select", "divide", "exp2", "exp", "expm1", "log1p", "sqrt")
+    },
 }
-"""What a function is replaced by while kernels are interpreted; add a stand-in for an intrinsic of your own here."""
+"""What a function is replaced by while kernels are interpreted; put a stand-in for an intrinsic of your own here."""
