@@ -96,8 +96,39 @@ def _vectors(builder: Any, address: Any, element: Any, count: int) -> tuple[Any,
     return builder.bitcast(address, words.as_pointer()), words, max(1, size // 16)
 
 
-def _ir_element(element: Any) -> Any:
-    return {HALF: I16, BFLOAT: I16, types.float32: F32, types.float64: F64}[element]
+def _halves(builder: Any, word: Any, element: Any) -> list[Any]:
+    """Return the two float16 or bfloat16 numbers of a 32-bit word as float32."""
+    if element == BFLOAT:
+        low, high = builder.shl(word, ir.Constant(I32, 16)), builder.and_(word, ir.Constant(I32, 0xFFFF0000))
+        return [builder.bitcast(low, F32), builder.bitcast(high, F32)]
+    pair = _assembly(builder, "mov.b32 {$0, $1}, $2;", "=h,=h,r", ir.LiteralStructType([I16, I16]), [word], False)
+    return [_widen(builder, builder.extract_value(pair, k), element) for k in range(2)]
+
+
+def _unpack(builder: Any, value: Any, element: Any) -> list[Any]:
+    """Return the numbers of a vector of 32-bit words.
+
+    Halves are taken out of their words: from a vector of 16-bit numbers LLVM would make two accesses of 8 bytes.
+    """
+    if element in (HALF, BFLOAT):
+        taken = [builder.extract_element(value, ir.Constant(I32, k)) for k in range(value.type.count)]
+        return [x for word in taken for x in _halves(builder, word, element)]
+    kind = {types.float32: F32, types.float64: F64}[element]
+    count = value.type.count * 32 // element.bitwidth
+    value = builder.bitcast(value, ir.VectorType(kind, count))
+    return [builder.extract_element(value, ir.Constant(I32, k)) for k in range(count)]
+
+
+def _pack(builder: Any, numbers: list[Any], element: Any, words: Any) -> Any:
+    """Return numbers as a vector of 32-bit words; two halves are rounded by one instruction."""
+    if element in (HALF, BFLOAT):
+        text = f"cvt.rn.{'f16' if element == HALF else 'bf16'}x2.f32 $0, $2, $1;"
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        numbers = [_assembly(builder, text, "=r,f,f", I32, list(pair), False) for pair in pairs]
+    vector = ir.Constant(ir.VectorType(numbers[0].type, len(numbers)), ir.Undefined)
+    for k, x in enumerate(numbers):
+        vector = builder.insert_element(vector, x, ir.Constant(I32, k))
+    return builder.bitcast(vector, words)
 
 
 def _vector_load(count: int) -> Any:
@@ -108,14 +139,11 @@ def _vector_load(count: int) -> Any:
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
             address, words, parts = _vectors(builder, address, element, count)
-            per = count // parts
             numbers = []
             for part in range(parts):
                 value = builder.load(builder.gep(address, [ir.Constant(I32, part)]))
                 value.align = 4 * words.count
-                value = builder.bitcast(value, ir.VectorType(_ir_element(element), per))
-                numbers += [builder.extract_element(value, ir.Constant(I32, k)) for k in range(per)]
-            numbers = [_widen(builder, x, element) for x in numbers]
+                numbers += _unpack(builder, value, element)
             return context.make_tuple(builder, sig.return_type, numbers)
 
         return types.UniTuple(_number(element), count)(p, i), emit
@@ -133,13 +161,9 @@ def _vector_store(count: int) -> Any:
             address, words, parts = _vectors(builder, address, element, count)
             per = count // parts
             for part in range(parts):
-                vector = ir.Constant(ir.VectorType(_ir_element(element), per), ir.Undefined)
-                for k in range(per):
-                    x = _narrow(builder, builder.extract_value(args[2], part * per + k), element)
-                    vector = builder.insert_element(vector, x, ir.Constant(I32, k))
-                write = builder.store(
-                    builder.bitcast(vector, words), builder.gep(address, [ir.Constant(I32, part)])
-                )
+                numbers = [builder.extract_value(args[2], part * per + k) for k in range(per)]
+                vector = _pack(builder, numbers, element, words)
+                write = builder.store(vector, builder.gep(address, [ir.Constant(I32, part)]))
                 write.align = 4 * words.count
             return context.get_dummy_value()
 
