@@ -20,6 +20,8 @@ class _Cuda:
     """Stands where kernels say ``cuda.threadIdx.x`` or ``cuda.syncthreads()``; compiler and interpreter replace it."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what tools such as doctest ask of every object
+            raise AttributeError(name)
         raise RuntimeError(f"cuda.{name} means something only inside a kernel that is compiled or interpreted")
 
 
@@ -55,6 +57,12 @@ Stride = Argument("Stride", pointer=False)
 """A signed 64-bit whole number, such as the distance between two rows of a large array."""
 Real = Argument("Real", pointer=False)
 """A number of the dtype the kernel computes in."""
+
+
+def arguments_of(kernel: Any) -> dict[str, str]:
+    """Return the arguments of a kernel and the names of their annotations, such as ``{"x": "Data"}``."""
+    code = kernel.__code__
+    return {name: str(kernel.__annotations__[name]) for name in code.co_varnames[: code.co_argcount]}
 
 
 def wide_dtype(dtype: Any) -> np.dtype:
