@@ -11,13 +11,14 @@ import builtins
 import hashlib
 import math
 import operator
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npmamba.autodiff.tape import Traced, primitive
 from npmamba.backend import array_module, twin
-from npmamba.shapes import HALF
+from npmamba.shapes import HALF, Arguments
 
 
 class _Kind(NamedTuple):
@@ -385,42 +386,45 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 @primitive
 def _dropout(x: Any, *, rate: float, key: tuple[int, ...]) -> Any:
-    # A hash spreads any integers over Philox's 128 bits. The mask is drawn on the host: both libraries agree.
+    # A hash spreads any integers over the 128 bits that the generator takes.
     digest = hashlib.blake2b(repr(tuple(operator.index(k) for k in key)).encode(), digest_size=16).digest()
-    draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    keep = array_module("dropout", x=x).asarray(draws.random(x.shape, dtype=np.float32) >= rate)
-    return _drop(x, keep, rate), (keep, rate)
+    drawn = {"rate": rate, "key": struct.unpack("<4I", digest)}
+    array_module("dropout", x=x)
+    Arguments("dropout").dtype("x", x)
+    return twin("dropout", x).forward(x, **drawn), drawn
 
 
 @_dropout.vjp
-def _dropout_vjp(dout: Any, saved: Any) -> Any:
-    return (_drop(dout, *saved),)
-
-
-def _drop(x: Any, keep: Any, rate: float) -> Any:
-    return np.where(keep, x * x.dtype.type(1 / (1 - rate)), x.dtype.type(0))
+def _dropout_vjp(dout: Any, drawn: Any) -> Any:
+    return (twin("dropout", dout).backward(dout, **drawn),)
 
 
 def dropout(x: Any, *, rate: float, key: tuple[int, ...]) -> Any:
     """Set entries of `x` to zero with probability `rate` and divide the others by ``1 - rate``.
 
+    Nothing is stored for the gradient: the counter-based generator Philox draws the same numbers again.
+
     Parameters
     ----------
     x : array
+        float16, bfloat16, float32 or float64.
     rate : float
         In [0, 1); 0 returns `x` itself.
     key : tuple of int
-        For example (seed, step, layer). Which entries fall depends on the key and the shape of `x` alone.
+        For example (seed, step, layer). Which entries fall depends on the key and the place of an entry in C order
+        alone, and is the same for NumPy and CuPy arrays.
 
     Raises
     ------
     ValueError
         If `rate` is outside [0, 1).
+    TypeError
+        If `x` has another dtype.
 
     Examples
     --------
     >>> dropout(np.ones(5), rate=0.5, key=(0, 1))
-    array([2., 0., 2., 2., 2.])
+    array([0., 2., 0., 2., 0.])
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")

@@ -12,8 +12,7 @@ from cases import seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npmamba.cpu import runtime
-from npmamba.cpu import optimizer_update
+from npmamba.cpu import optimizer_update, runtime
 from npmamba.cpu.optimizer_update import BLOCK, global_norm
 
 OPTIONS = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
