@@ -23,9 +23,14 @@ class Party(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        thread, block = (str(q[0]) if not any(q[1:]) else str(q) for q in (self.thread, self.block))
         text = linecache.getline(self.file, self.line).strip()
-        return f"thread {thread} of block {block} at {pathlib.Path(self.file).name}:{self.line} `{text}`"
+        return f"{called(self.thread, self.block)} at {pathlib.Path(self.file).name}:{self.line} `{text}`"
+
+
+def called(thread: tuple[int, int, int], block: tuple[int, int, int]) -> str:
+    """Return what messages call a thread: by one number each where the others are zero."""
+    short = (str(q[0]) if not any(q[1:]) else str(tuple(q)) for q in (thread, block))
+    return "thread {} of block {}".format(*short)
 
 
 class KernelError(RuntimeError):

@@ -108,7 +108,7 @@ _POINTERS = {"Double": np.float64, "Long": np.int64, "Flags": np.uint8}
 
 def _argument(name: str, kind: str, dtype: np.dtype, x: Any, cells: Any) -> Any:
     """Return an argument of a launch as the kernel sees it."""
-    real = launch.wide_dtype(dtype)
+    real = device.wide_dtype(dtype)
     scalars: dict[str, Any] = {"Size": np.uint32, "Stride": np.int64, "Real": real.type}
     if kind in scalars:
         return scalars[kind](x)
@@ -154,7 +154,7 @@ def interpreted(seed: int | None = None, *, check: bool | str = "races") -> Iter
     def run(
         spec: launch.Specialization, grid: tuple[int, ...], arguments: tuple[Any, ...], shared: int
     ) -> None:
-        kinds = {name: str(kind) for name, kind in spec.function.__annotations__.items() if name != "return"}
+        kinds = device.arguments_of(spec.function)
         if len(kinds) != len(arguments):
             raise TypeError(f"{spec.name} takes {len(kinds)} arguments, got {len(arguments)}")
         cells: Any = {} if check else None

@@ -64,6 +64,8 @@ class Memory:
         self.name, self.flat, self.low, self.cells, self.fresh = name, flat, low, cells, fresh
         self.count, self.dtype = len(flat), flat.dtype
         self.first = low
+        self.shape: tuple[int, ...] = (self.count,)
+        self.strides: tuple[int, ...] = (1,)
         self.valid: bytes | None = None
         self.fill: bytes | None = None
 
@@ -87,7 +89,7 @@ class Memory:
                     and write[0] is not thread
                     and not thread.start <= write[1] < thread.floor
                 ):
-                    self._must_be_ordered(k, write, thread, "reads", "writes")
+                    self._must_be_ordered(k, write, thread, "read", "written")
                 if read is None or read[0] is not thread or read[1] != thread.time:
                     frame = _getframe(2)
                     self._record_read(cell, thread, (thread, thread.time, frame.f_code, frame.f_lasti))
@@ -116,13 +118,13 @@ class Memory:
         if cell is None:
             self.cells[k] = [access, None, None]
             return
-        for before, verb in zip(cell, ("writes", "reads", "reads"), strict=True):
+        for before, verb in zip(cell, ("written", "read", "read"), strict=True):
             if (
                 before is not None
                 and before[0] is not thread
                 and not thread.start <= before[1] < thread.floor
             ):
-                self._must_be_ordered(k, before, thread, "writes", verb, site)
+                self._must_be_ordered(k, before, thread, "written", verb, site)
         cell[0], cell[1], cell[2] = access, None, None
 
     @staticmethod
@@ -138,31 +140,26 @@ class Memory:
 
     def _must_be_ordered(self, k: int, before: Any, thread: Any, now: str, then: str, site: Any = ()) -> None:
         other, time, *there = before[:4]
-        here = party(thread, *site)
-        name, told = self.describe(k)
-        if isinstance(other, Copy):
-            message = f"{told}: {here} {now} it while a copy_async is on its way there, started by "
-            there_party = party(other.thread, *there)
-            raise RaceError(
-                f"{message}{there_party}; wait_async for its group comes first",
-                name,
-                k - self.first,
-                (here, there_party),
-            )
-        if other.block is thread.block and other.warp is thread.warp:
+        copied = isinstance(other, Copy)
+        if copied:
+            other = other.thread
+        elif other.block is thread.block and other.warp is thread.warp:
             if time < thread.warp_floor or time < thread.seen.get(other.lane, 0):
                 return
-        missing = "barrier" if other.block is thread.block else "order between blocks"
-        there_party = party(other, *there)
-        message = f"{told}: {here} {now} it, {there_party} {then} it, with no {missing} between them"
-        raise RaceError(message, name, k - self.first, (here, there_party))
+        if copied:
+            why = "and that copy_async was not waited for by its thread"
+        elif other.block is thread.block:
+            why = "with no barrier between the two"
+        else:
+            why = "and nothing orders blocks"
+        here, there_party = party(thread, *site), party(other, *there)
+        message = f"{self.describe(k)} is {now} by {here}, {then} by {there_party}, {why}"
+        raise RaceError(message, self.name, k - self.first, (here, there_party))
 
     def _unwritten(self, k: int, thread: Any) -> NoReturn:
-        name, told = self.describe(k)
         here = party(thread)
-        raise UninitializedReadError(
-            f"{told}: {here} reads it, but nobody wrote it", name, k - self.first, (here,)
-        )
+        message = f"{self.describe(k)} is read by {here}, but nobody wrote it"
+        raise UninitializedReadError(message, self.name, k - self.first, (here,))
 
     def exchange(self, k: int, change: Any) -> Any:
         """Replace element `k` in one step and return what it was; such steps do not race with each other."""
@@ -177,7 +174,7 @@ class Memory:
             cell = self.cells.get(k)
             if cell is not None and cell[0] is not None and len(cell[0]) == 5:
                 cell[0] = None
-            self.record_write(k, thread, site, (thread, thread.time, *site, "atomic"))
+            self.record_write(k, thread, site, (thread, thread.time, *site, "in one step"))
         self.flat[n] = change(old)
         return old
 
@@ -187,17 +184,22 @@ class Memory:
             self.outside(k + count - 1)
 
     def outside(self, k: int) -> NoReturn:
-        name, told = self.describe(k)
+        """Raise the error of an access to element `k`, which is not there."""
         here = party(getcurrent())
         inside = self.low <= k < self.low + self.count
         why = "lies between the rows of the array" if inside else f"is outside its {self.count} elements"
         if k - self.first >= 2**31:
-            why += f" ({k - self.first - 2**32} as a signed number)"
-        raise OutOfRangeError(f"{told} {why}: {here}", name, k - self.first, (here,))
+            why += f" (it is {k - self.first - 2**32} as a signed number)"
+        raise OutOfRangeError(f"{self.name}[{k - self.first}] {why}: {here}", self.name, k - self.first, (here,))
 
-    def describe(self, k: int) -> tuple[str, str]:
-        """Return the array's name, and how a message calls element `k`."""
-        return self.name, f"{self.name}[{k - self.first}]"
+    def describe(self, k: int) -> str:
+        """Return what a message calls element `k`: its offset, and its place where the array has several axes."""
+        told, rest, place = f"{self.name}[{k - self.first}]", k - self.first, [0] * len(self.shape)
+        if len(self.shape) < 2 or min(self.strides) <= 0:
+            return told
+        for axis in sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis]):
+            place[axis], rest = divmod(rest, self.strides[axis])
+        return f"{told}, element {tuple(place)},"
 
 
 def memory_of(name: str, x: np.ndarray, cells: dict[int, dict[int, Any]] | None) -> Memory:
@@ -222,7 +224,7 @@ def memory_of(name: str, x: np.ndarray, cells: dict[int, dict[int, Any]] | None)
     flat = as_strided(lowest, (span,), (size,)) if x.size else x.reshape(-1)
     own = None if cells is None else cells.setdefault(size, {})
     memory = Memory(name, flat, first - below, own, fresh=False)
-    memory.first = first
+    memory.first, memory.shape, memory.strides = first, x.shape, tuple(s // size for s in x.strides)
     if x.size and span != x.size:
         memory.valid = _members(x, span, below)
     root = x

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import greenlet
 import numpy as np
 
-from npmamba.testing.findings import DivergentBarrierError, KernelError, ShuffleError, line_of, party
+from npmamba.testing.findings import DivergentBarrierError, KernelError, ShuffleError, called, line_of, party
 from npmamba.testing.shadow import Memory
 from npmamba.testing.views import Array, strides_of, variable
 
@@ -76,7 +76,7 @@ class Thread(greenlet.greenlet):
     def at(self) -> str:
         """Say which thread it is and where it waits."""
         if self.request is None:
-            return f"thread {tuple(self.index)} of block {tuple(self.block.index)}, which has ended"
+            return f"{called(self.index, self.block.index)}, which has ended"
         return str(party(self, *self.request[2:]))
 
 
@@ -98,7 +98,7 @@ class Warp:
                     thread.switch()
                 except Exception as error:
                     if not isinstance(error, KernelError):
-                        error.add_note(f"in thread {tuple(thread.index)} of block {tuple(self.block.index)}")
+                        error.add_note(f"in {called(thread.index, self.block.index)}")
                     raise
             ready = self._meet()
 

@@ -18,6 +18,7 @@ from npmamba.testing.findings import (
     MisalignedAccessError,
     OutOfRangeError,
     UninitializedReadError,
+    line_of,
     party,
 )
 from npmamba.testing.shadow import Copy, Memory
@@ -122,49 +123,66 @@ class Array:
 
 
 class Local:
-    """An array of one thread."""
+    """An array of one thread, its own memory."""
 
     __slots__ = ("dtype", "shape", "site", "values")
+    first = 0
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, site: tuple[types.CodeType, int]) -> None:
         self.shape, self.dtype, self.site = shape, dtype, site
         self.values: list[Any] = [None] * math.prod(shape)
 
+    memory = property(lambda self: self)
+
+    @property
+    def name(self) -> str:
+        return f"local array {variable(*self.site)}"
+
     def __len__(self) -> int:
         return self.shape[0]
 
-    def _number(self, i: Any) -> int:
-        k, indices = 0, i if isinstance(i, tuple) else (i,)
+    def place(self, i: Any) -> int:
+        k, indices = 0, i if type(i) is tuple else (i,)
         for q, n in zip(indices, self.shape, strict=True):
             if not 0 <= index(q) < n:
                 self._fail(OutOfRangeError, i, f"is outside its shape {self.shape}")
             k = k * n + index(q)
         return k
 
-    def __getitem__(self, i: Any) -> Any:
-        value = self.values[self._number(i)]
+    def read(self, k: int) -> Any:
+        if not 0 <= k < len(self.values):
+            self._fail(OutOfRangeError, k, f"is outside its {len(self.values)} elements")
+        value = self.values[k]
         if value is None:
-            self._fail(UninitializedReadError, i, "is read, but was never written")
+            self._fail(UninitializedReadError, k, "is read, but nobody wrote it")
         return value
 
-    def __setitem__(self, i: Any, value: Any) -> None:
+    def write(self, k: int, value: Any) -> None:
+        if not 0 <= k < len(self.values):
+            self._fail(OutOfRangeError, k, f"is outside its {len(self.values)} elements")
         kind = self.dtype.type
-        self.values[self._number(i)] = value if type(value) is kind else kind(value)
+        self.values[k] = value if type(value) is kind else kind(value)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.read(self.place(i))
+
+    def __setitem__(self, i: Any, value: Any) -> None:
+        self.write(self.place(i), value)
 
     def _fail(self, kind: type[KernelError], i: Any, why: str) -> NoReturn:
-        here, name = party(getcurrent()), f"local array {variable(*self.site)}"
-        raise kind(f"{name}[{i}] {why}: {here}", name, i, (here,))
+        here = party(getcurrent())
+        raise kind(f"{self.name}[{i}] {why}: {here}", self.name, i, (here,))
 
 
 @functools.cache
 def variable(code: types.CodeType, instruction: int) -> str:
-    """Return the name that the result of a call is assigned to, or where the call is."""
+    """Return the name that the result of a call is assigned to, or the line of the call."""
     for step in dis.get_instructions(code):
         if step.offset > instruction and step.opname.startswith("STORE_"):
             return str(step.argval)
         if step.offset > instruction and step.opname not in ("CACHE", "CALL", "PRECALL"):
             break
-    return "without a name"
+    return f"of line {line_of(code, instruction)}"
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,18 +194,14 @@ def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def load(p: Any, i: Any) -> Any:
-    if type(p) is Local:
-        x = p[i]
-    else:
-        x = p.memory.read(p.place(i))
+    k = p.place(i)
+    x = p.memory.read(k)
     return np.float32(x) if p.dtype.itemsize == 2 else x
 
 
 def store(p: Any, i: Any, value: Any) -> None:
-    if type(p) is Local:
-        p[i] = value
-    else:
-        p.memory.write(p.place(i), value)
+    k = p.place(i)
+    p.memory.write(k, value)
 
 
 def _aligned_place(p: Any, i: Any, count: int) -> int:
