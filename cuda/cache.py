@@ -25,7 +25,7 @@ from npmamba import cache
 from npmamba.cuda import device, requirements
 
 log = logging.getLogger("npmamba")
-SOURCES = ("compile.py", "device.py", "intrinsics.py", "primitives.py")
+SOURCES = ("compile.py", "device.py", "intrinsics.py", "primitives.py", "translate.py")
 PACKAGES = (
     "numba-cuda", "numba", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink",
     "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",

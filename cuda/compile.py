@@ -1,8 +1,7 @@
 """From a kernel's Python function to machine code, with no device and no driver needed.
 
-Numba compiles to PTX, NVIDIA's linker makes machine code of it. The function is compiled in a copy whose names are
-replaced: ``cuda`` by Numba's module, the words of `npmamba.cuda.device` and the primitives of `npmamba.scalar` by
-intrinsics, every other Python function by a device function of the same source. Numba is imported here only.
+Numba compiles to PTX a copy of the function whose names `npmamba.cuda.translate` has replaced; NVIDIA's linker makes
+machine code of that.
 """
 
 from __future__ import annotations
@@ -11,20 +10,17 @@ import contextlib
 import re
 import threading
 import types as python
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from cuda.core import Linker, LinkerOptions, ObjectCode
-from numba import cuda
 from numba.cuda import dispatcher, types
 from numba.cuda.compiler import compile_cuda, kernel_fixup
 from numba.cuda.cudadrv import nvvm
 
-from npmamba import scalar
-from npmamba.cuda import device, intrinsics, primitives
-from npmamba.cuda.device import wide_dtype
+from npmamba.cuda.device import arguments_of, wide_dtype
+from npmamba.cuda.translate import NUMBERS, Translation
 
 OPTIONS = {"fastmath": True, "opt": 3}
 """For NVVM alone: denormal float32 results become 0, divisions are good to two units in the last place. Numba itself
@@ -61,105 +57,15 @@ class Machine(NamedTuple):
         return Resources(registers, shared, sum(spills), max(frame, local, *stack))
 
 
-_WORDS: dict[Any, Any] = {
-    getattr(device, name): getattr(intrinsics, name)
-    for name in (
-        "load", "store", "shift", "load2", "load4", "load8", "store2", "store4", "store8",
-        "copy_async", "commit_async", "wait_async",
-    )
-}  # fmt: skip
-_COMMON = {scalar.cast: intrinsics.cast, scalar.fma: intrinsics.fma, scalar.select: intrinsics.select}
-_PRODUCTS = {scalar.exp2_product: primitives.exp2_product, scalar.exp2_product_small: primitives.exp2_product}
-_FLOAT32 = {
-    scalar.exp2: intrinsics.exp2_float32,
-    scalar.sqrt: intrinsics.sqrt_float32,
-    scalar.divide: primitives.divide_float32,
-    scalar.magnitude: primitives.magnitude_float32,
-    device.rcp: intrinsics.rcp_float32,
-    scalar.exp: primitives.exp_float32,
-    scalar.expm1: primitives.expm1_float32,
-    scalar.log1p: primitives.log1p_float32,
-}
-_FLOAT64 = {
-    scalar.exp2: primitives.exp2_float64,
-    scalar.sqrt: primitives.sqrt_float64,
-    scalar.divide: primitives.divide_float64,
-    scalar.magnitude: primitives.magnitude_float64,
-    device.rcp: primitives.rcp_float64,
-    scalar.exp: primitives.exp_float64,
-    scalar.expm1: primitives.expm1_float64,
-    scalar.log1p: primitives.log1p_float64,
-}
-_NUMBERS = {
-    np.dtype(np.float16): types.int16,
-    np.dtype(ml_dtypes.bfloat16): types.uint16,
-    np.dtype(np.float32): types.float32,
-    np.dtype(np.float64): types.float64,
-    np.dtype(np.uint32): types.uint32,
-    np.dtype(np.int32): types.int32,
-    np.dtype(np.int64): types.int64,
-    np.dtype(np.uint8): types.uint8,
-}
-_CASTS = {t: _NUMBERS[np.dtype(t)] for t in (np.uint32, np.int32, np.int64, np.float32, np.float64)}
-
-
-class _Translation:
-    """The names of kernels and what stands in their place, for kernels that compute in one dtype."""
-
-    def __init__(self, wide: np.dtype) -> None:
-        own = _FLOAT32 if wide == np.float32 else _FLOAT64
-        self.table = {device.cuda: cuda, **_WORDS, **_COMMON, **_PRODUCTS, **own}
-        self.memo: dict[Any, Any] = {}
-
-    def of(self, x: Any) -> Any:
-        """Return what stands for the value `x` of a name."""
-        if isinstance(x, np.dtype):
-            return _NUMBERS[x]
-        if isinstance(x, type):
-            return _CASTS.get(x, x)
-        if isinstance(x, python.FunctionType):
-            found = self.table.get(x)
-            if isinstance(found, python.FunctionType):
-                return self.device(found)
-            return self.device(x) if found is None else found
-        if isinstance(x, device._Cuda):
-            return cuda
-        return x
-
-    def device(self, function: Any) -> Any:
-        """Return a function as a device function, which is always put in place of its call."""
-        if function not in self.memo:
-            self.memo[function] = cuda.jit(device=True, forceinline=True, fastmath=False)(self.copy(function))
-        return self.memo[function]
-
-    def copy(self, function: Any) -> Any:
-        """Return a copy of a function with its names replaced."""
-        known = function.__globals__
-        scope = {name: self.of(known[name]) for name in function.__code__.co_names if name in known}
-        scope |= {"__builtins__": __builtins__, "__name__": function.__module__}
-        cells = tuple(python.CellType(self.of(cell.cell_contents)) for cell in function.__closure__ or ())
-        return python.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells or None)
-
-
 def signature(function: Callable[..., None], dtype: np.dtype) -> tuple[Any, ...]:
     """Return the Numba types of a kernel's arguments, from its annotations."""
     wide = wide_dtype(dtype)
     pointers = {
         "Data": dtype, "Wide": wide, "Double": np.float64, "Long": np.int64, "Flags": np.uint8,
     }  # fmt: skip
-    values = {"Size": types.uint32, "Stride": types.int64, "Real": _NUMBERS[wide]}
-    names = [annotation_of(function, argument) for argument in argument_names(function)]
-    return tuple(types.CPointer(_NUMBERS[np.dtype(pointers[n])]) if n in pointers else values[n] for n in names)
-
-
-def argument_names(function: Callable[..., None]) -> tuple[str, ...]:
-    """Return the names of a kernel's arguments."""
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
-
-
-def annotation_of(function: Callable[..., None], argument: str) -> str:
-    """Return the name of an argument's annotation, such as ``Data``."""
-    return str(function.__annotations__[argument])
+    values = {"Size": types.uint32, "Stride": types.int64, "Real": NUMBERS[wide]}
+    kinds = arguments_of(function).values()
+    return tuple(types.CPointer(NUMBERS[np.dtype(pointers[n])]) if n in pointers else values[n] for n in kinds)
 
 
 _lock = threading.Lock()
@@ -178,32 +84,49 @@ def _compiling_for(cc: tuple[int, int]) -> Iterator[None]:
 
 
 def compile_ptx(
-    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
-) -> tuple[str, str]:
-    """Compile a kernel to PTX; return the entry point's name, which profilers show, and the text."""
-    copy = _Translation(wide_dtype(dtype)).copy(function)
+    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, ccs: Sequence[tuple[int, int]]
+) -> tuple[str, list[str]]:
+    """Compile a kernel to PTX for each of `ccs`; return the entry point's name, which profilers show, and the texts."""
+    copy = Translation(wide_dtype(dtype), ccs[0]).copy(function)
     arguments = signature(function, np.dtype(dtype))
-    with _compiling_for(cc):
-        result = compile_cuda(copy, types.void, arguments, nvvm_options=OPTIONS, cc=cc, abi="numba")
+    with _compiling_for(ccs[0]):
+        result = compile_cuda(copy, types.void, arguments, nvvm_options=OPTIONS, cc=ccs[0], abi="numba")
         library, mangled = result.library, result.fndesc.llvm_func_name
         library._entry_name = mangled
         kernel = library.get_function(mangled)
         kernel_fixup(kernel, False)
         nvvm.set_launch_bounds(kernel, (threads, blocks))
-        (ptx,) = library.get_asm_strs(cc=cc)
-    entry = re.sub(r"\W", "_", f"npmamba_{name}")
-    return entry, _NUMBA_ENVIRONMENT.sub("", ptx).replace(mangled, entry)
+        entry = re.sub(r"\W", "_", f"npmamba_{name}")
+        library._llvm_strs = _named([module.replace(mangled, entry) for module in library.llvm_strs])
+        texts = [library.get_asm_strs(cc=cc)[0] for cc in ccs]
+    return entry, [re.sub(r"^\.common \.global .* \w*NumbaEnv\w*;\n", "", ptx, flags=re.MULTILINE) for ptx in texts]
 
 
-_NUMBA_ENVIRONMENT = re.compile(r"^\.common \.global .* \w*NumbaEnv\w*;\n", re.MULTILINE)
-"""Eight bytes for each function that was compiled, which nothing reads."""
+def _named(modules: list[str]) -> list[str]:
+    """Number functions and shared arrays within the kernel rather than the process: NVVM sorts by name, and the same
+    kernel is to be the same machine code whatever was compiled before it."""
+    counted = re.compile(r"_cudapy_smem_\d+|B\d+v\d+B")
+    seen = dict.fromkeys(name for module in modules for name in counted.findall(module))
+    number = {name: f"{name[:2]}_{k}_" for k, name in enumerate(seen)}
+    return [counted.sub(lambda found: number[found.group()], module) for module in modules]
+
+
+def compile_machines(
+    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, ccs: Sequence[tuple[int, int]]
+) -> list[Machine]:
+    """Compile a kernel to machine code for each of the compute capabilities `ccs`."""
+    entry, texts = compile_ptx(function, name, dtype, threads, blocks, ccs)
+    return [_link(entry, ptx, cc) for ptx, cc in zip(texts, ccs, strict=True)]
 
 
 def compile_machine(
     function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
 ) -> Machine:
     """Compile a kernel to machine code for compute capability `cc`."""
-    entry, ptx = compile_ptx(function, name, dtype, threads, blocks, cc)
+    return compile_machines(function, name, dtype, threads, blocks, [cc])[0]
+
+
+def _link(entry: str, ptx: str, cc: tuple[int, int]) -> Machine:
     options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"], verbose=True)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     code = linker.link("cubin").code

@@ -19,10 +19,13 @@ as an access outside its arrays, raises at the next call that waits for the devi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by name once this is loaded)
 import numpy as np
 
 from npmamba.cuda.device import wide_dtype
@@ -30,6 +33,8 @@ from npmamba.cuda.machine import Loaded, current_device
 
 KERNELS: list[Kernel] = []
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+_COMPILER = ("compile", "intrinsics", "translate")
+"""Modules that need Numba's CUDA compiler; none declares a kernel."""
 _LIMITS = (2**31 - 1, 65_535, 65_535)
 """Blocks that a grid may have along x, y and z."""
 
@@ -158,16 +163,21 @@ class Kernel:
         loaded.function(grid, loaded.threads, loaded.convert(arguments), shared)
 
 
+def declared() -> list[Kernel]:
+    """Import every module of this folder that may declare kernels, and return all of this package's kernels."""
+    package = importlib.import_module("npmamba.cuda")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in _COMPILER:
+            importlib.import_module(f"npmamba.cuda.{module.name}")
+    return [kernel for kernel in KERNELS if kernel.build.__module__.startswith("npmamba.cuda.")]
+
+
 def _combinations(shipped: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    groups = [shipped] if isinstance(shipped, Mapping) else shipped
-    choices = [
-        [values if isinstance(values, tuple) else (values,) for values in group.values()] for group in groups
-    ]
-    return [
-        dict(zip(group, chosen, strict=True))
-        for group, values in zip(groups, choices, strict=True)
-        for chosen in itertools.product(*values)
-    ]
+    found = []
+    for group in [shipped] if isinstance(shipped, Mapping) else shipped:
+        values = [choice if isinstance(choice, tuple) else (choice,) for choice in group.values()]
+        found += [dict(zip(group, chosen, strict=True)) for chosen in itertools.product(*values)]
+    return found
 
 
 def _check_grid(name: str, grid: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from npmamba.cuda import cache, requirements
-from npmamba.cuda.device import wide_dtype
+from npmamba.cuda.device import arguments_of, wide_dtype
 from npmamba.cuda.requirements import CudaUnavailableError
 
 if TYPE_CHECKING:
@@ -49,13 +49,12 @@ class Loaded:
         self.function = self.module.get_function(entry)
         self.threads = (specialization.threads,)
         self.real = wide_dtype(specialization.dtype).type
-        code, annotations = specialization.function.__code__, specialization.function.__annotations__
-        self.names = code.co_varnames[: code.co_argcount]
-        kinds = [str(annotations[name]) for name in self.names]
+        kinds = arguments_of(specialization.function)
+        self.names = list(kinds)
         self.sizes, self.strides, self.reals = (
-            [i for i, kind in enumerate(kinds) if kind == wanted] for wanted in ("Size", "Stride", "Real")
+            [i for i, kind in enumerate(kinds.values()) if kind == wanted] for wanted in ("Size", "Stride", "Real")
         )
-        self.pointers = [i for i, kind in enumerate(kinds) if kind not in ("Size", "Stride", "Real")]
+        self.pointers = sorted({*range(len(kinds))} - {*self.sizes, *self.strides, *self.reals})
 
     def allow(self, shared: int) -> None:
         """Allow as many bytes of dynamic shared memory; CUDA asks for this beyond 48 KiB."""
