@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import backends
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,3 +44,21 @@ def outputs_nobody_wrote_show(monkeypatch: pytest.MonkeyPatch) -> None:
     The code is replaced inside the function, as modules hold the function itself under a name of their own.
     """
     monkeypatch.setattr(runtime.empty, "__code__", unwritten.__code__)
+
+
+@pytest.fixture(scope="session", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device_backend(request: pytest.FixtureRequest) -> backends.Interpreter:
+    """Give the place where CUDA twins run, once each: see tests/backends.py."""
+    return backends.backend(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests for a GPU out where there is none; say what is missing if they were asked for."""
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not for_gpu or backends.missing() is None:
+        return
+    wanted = config.option.markexpr
+    if "gpu" in wanted and "not gpu" not in wanted:
+        raise pytest.UsageError(f"pytest -m '{wanted}': {backends.missing()}")
+    config.hook.pytest_deselected(items=for_gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
