@@ -8,8 +8,14 @@ from npmamba.cuda.arrays import address
 
 
 def native(x: Any, dtype: Any) -> Any:
-    """Return `x` in `dtype` and native byte order, aligned, with no negative stride: itself where it is so already."""
+    """Return `x` in `dtype` and native byte order, aligned to its elements: itself where it is so already."""
     x = x.astype(dtype, copy=False)
-    unit = x.itemsize
-    good = address(x) % unit == 0 and all(s >= 0 and s % unit == 0 for s in x.strides)
+    good = address(x) % x.itemsize == 0 and all(s % x.itemsize == 0 for s in x.strides)
     return x if good else x.copy(order="K")
+
+
+def side_by_side(x: Any, axis: int) -> bool:
+    """Tell whether `x` can be read along `axis` by 16 bytes at a time, wherever the other indices point."""
+    if x.strides[axis] != x.itemsize or x.shape[axis] * x.itemsize % 16 or address(x) % 16:
+        return False
+    return all(n < 2 or s % 16 == 0 for k, (n, s) in enumerate(zip(x.shape, x.strides, strict=True)) if k != axis)
