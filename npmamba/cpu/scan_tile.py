@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from npmamba.cpu.runtime import inner, tight
-from npmamba.cpu.simd import accumulate, load, pick, prefetch, store, total, width
+from npmamba.cpu.simd import accumulate, apart, load, pick, prefetch, store, total, width
 from npmamba.scalar import (
     cast,
+    exp2_product,
+    exp2_product_small,
     fma,
+    magnitude,
     phi,
     phi_derivative,
     readout,
@@ -82,24 +85,16 @@ def load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on,
 
 
 @tight
-def magnitude(x):
-    """|x|"""
-    return select(x < cast(0, x), -x, x)
-
-
-@tight
 def larger(x, y):
     """The larger of two numbers, `x` if `y` is NaN"""
     return select(y > x, y, x)
 
 
-@inner
-def prefetch_rows(x, b, order, row, t0, steps, d0, vectors, part, parts):
-    """Ask for one of `parts` parts of a tile's rows: spread over the loops before it, they come in time unnoticed."""
-    for i in range(part * steps // parts, (part + 1) * steps // parts):
-        t = order[row, t0 + i]
-        for v in range(vectors):
-            prefetch(x, (b, t, d0 + v * width(x)))
+@tight
+def prefetch_rows(x, b, d, order, row, first, last):
+    """Ask for a vector of steps `first` to `last`: a few at a time, between the passes before, they come unnoticed."""
+    for i in range(first, last):
+        prefetch(x, (b, order[row, i], d))
 
 
 @inner
@@ -114,29 +109,44 @@ def segments(fresh, row, t0, steps, bounds):
     return count
 
 
-def make_state_pass(zoh: bool, constant: bool, power: Any) -> Any:
-    """Build the inner loop: one state of one vector of channels runs through steps `lo` to `hi` of a tile.
+def make_state_passes(zoh: bool, constant: bool) -> tuple[Any, Any]:
+    """Build the inner loops: one state, or two, of a vector of channels run through steps `lo` to `hi` of a tile.
 
-    With `constant`, B and C have a factor per channel beside the one per step. `power` is `exp2_product`, or the faster
-    one that gives the same bits where no exponent of the tile is beyond 126.
+    With `constant`, B and C have a factor per channel beside the one per step. A pair shares what it reads and writes
+    of the tile, and needs exponents of at most 126. It gives the bits of its states one after the other.
     """
 
+    @tight
+    def advance(power, h, y, i, n, a, a2, b, c, tile, B, C):
+        step = get(tile, DELTA, i)
+        inflow = get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
+        gain = cast(pick(C, n * TILE + i), step)
+        if zoh:
+            inflow = inflow * phi(step * a)
+        if constant:
+            inflow = inflow * b
+            gain = gain * c
+        h = state_step(power(step, a2), h, inflow)
+        return h, readout(gain, h, y)
+
     @inner
-    def state_pass(h, a, a2, b, c, tile, B, C, n, lo, hi):
+    def state_pass(h, n, a, a2, b, c, tile, B, C, lo, hi):
+        apart()
         for i in range(lo, hi):
-            step = get(tile, DELTA, i)
-            inflow = get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
-            gain = cast(pick(C, n * TILE + i), step)
-            if zoh:
-                inflow = inflow * phi(step * a)
-            if constant:
-                inflow = inflow * b
-                gain = gain * c
-            h = state_step(power(step, a2), h, inflow)
-            put(tile, Y, i, readout(gain, h, get(tile, Y, i)))
+            h, y = advance(exp2_product, h, get(tile, Y, i), i, n, a, a2, b, c, tile, B, C)
+            put(tile, Y, i, y)
         return h
 
-    return state_pass
+    @inner
+    def pair_pass(h, k, n, a, a2, b, c, p, p2, q, r, tile, B, C, lo, hi):
+        apart()
+        for i in range(lo, hi):
+            h, y = advance(exp2_product_small, h, get(tile, Y, i), i, n, a, a2, b, c, tile, B, C)
+            k, y = advance(exp2_product_small, k, y, i, n + 1, p, p2, q, r, tile, B, C)
+            put(tile, Y, i, y)
+        return h, k
+
+    return state_pass, pair_pass
 
 
 def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
@@ -148,6 +158,7 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
 
     @inner
     def state_pass_back(h, g, a, a2, b, c, tile, B, C, dB, dC, sums, n, lo, hi, gated):
+        apart()
         w = width(tile)
         put(tile, STATE, lo, h)
         for i in range(lo, hi):

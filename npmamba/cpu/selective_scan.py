@@ -26,17 +26,16 @@ from npmamba.cpu.scan_tile import (
     load_cotangents,
     load_inputs,
     load_maps,
-    magnitude,
-    make_state_pass,
     make_state_pass_back,
+    make_state_passes,
     prefetch_rows,
     segments,
     store_input_gradients,
     store_map_gradients,
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
-from npmamba.cpu.simd import LANES, any_lane, load, store, width
-from npmamba.scalar import cast, exp2_product, exp2_product_small, silu
+from npmamba.cpu.simd import AVX512, LANES, any_lane, load, store, width
+from npmamba.scalar import cast, exp2_product, exp2_product_small, magnitude, silu
 from npmamba.shapes import compute_dtype
 
 BLOCK_VECTORS = 16
@@ -44,8 +43,7 @@ BLOCK_VECTORS = 16
 
 
 def _make_forward(zoh: bool, constant: bool) -> Kernel:
-    state_pass = make_state_pass(zoh, constant, exp2_product)
-    state_pass_small = make_state_pass(zoh, constant, exp2_product_small)
+    state_pass, pair_pass = make_state_passes(zoh, constant)
 
     def _forward(
         start: Int,
@@ -81,6 +79,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
         tile = scratch((SLOTS * (TILE + 1) * w,), u)
         h = scratch((BLOCK_VECTORS, dstate, w), u)
         bounds = np.empty(TILE + 1, np.int64)
+        share = (TILE + dstate - 1) // max(dstate, 1)
         for task in range(start, stop):
             b, block = task // blocks.shape[0], task % blocks.shape[0]
             d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
@@ -92,34 +91,44 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                     store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
             for t0 in range(0, steps_of[row], TILE):
                 steps = min(TILE, steps_of[row] - t0)
-                rest = min(TILE, steps_of[row] - t0 - steps)
+                t1, t2 = t0 + steps, min(t0 + steps + TILE, steps_of[row])
                 runs = segments(fresh, row, t0, steps, bounds)
                 load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
                 for v in range(vectors):
                     d = d0 + v * w
                     count = d1 - d
                     reach = load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
-                    for n in range(dstate):
-                        part, parts = v * dstate + n, vectors * dstate
-                        prefetch_rows(u, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
-                        prefetch_rows(raw_delta, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
-                        prefetch_rows(out, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
+                    for n in range(0, dstate, 2):
+                        m = min(n + 1, dstate - 1)
+                        p0, p1 = t1 + n * share, min(t1 + (n + 2) * share, t2)
+                        prefetch_rows(u, b, d, order, row, p0, p1)
+                        prefetch_rows(raw_delta, b, d, order, row, p0, p1)
+                        prefetch_rows(out, b, d, order, row, p0, p1)
                         if z.shape[0]:
-                            prefetch_rows(z, b, order, row, t0 + TILE, rest, d0, vectors, part, parts)
-                        state = load(h, (v, n, 0))
+                            prefetch_rows(z, b, d, order, row, p0, p1)
+                        g, k = load(h, (v, n, 0)), load(h, (v, m, 0))
                         if checkpoints.shape[0]:
-                            store(checkpoints, (b, t0 // TILE, n, d), state, count)
+                            store(checkpoints, (b, t0 // TILE, n, d), g, count)
+                            store(checkpoints, (b, t0 // TILE, m, d), k, count)
                         a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
                         bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
+                        p, p2 = load(A, (m, d), count), load(A2, (m, d), count)
+                        q, r = load(B_factor, (m, d), count), load(C_factor, (m, d), count)
+                        limit = cast(126, a2)
                         for run in range(runs):
                             lo, hi = bounds[run], bounds[run + 1]
                             if fresh[row, t0 + lo]:
-                                state = cast(0, state)
-                            if any_lane(magnitude(a2) * reach > cast(126, a2)):
-                                state = state_pass(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
+                                g, k = cast(0, g), cast(0, k)
+                            large = (magnitude(a2) * reach > limit) | (magnitude(p2) * reach > limit)
+                            small = AVX512 or not any_lane(large)
+                            if small and n < m:
+                                g, k = pair_pass(g, k, n, a, a2, bf, cf, p, p2, q, r, tile, tile_B, tile_C, lo, hi)
                             else:
-                                state = state_pass_small(state, a, a2, bf, cf, tile, tile_B, tile_C, n, lo, hi)
-                        store(h, (v, n, 0), state)
+                                g = state_pass(g, n, a, a2, bf, cf, tile, tile_B, tile_C, lo, hi)
+                                if n < m:
+                                    k = state_pass(k, m, p, p2, q, r, tile, tile_B, tile_C, lo, hi)
+                        store(h, (v, m, 0), k)
+                        store(h, (v, n, 0), g)
                     for i in range(steps):
                         t = order[row, t0 + i]
                         value = get(tile, Y, i)
@@ -183,6 +192,7 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
         long = np.empty((BLOCK_VECTORS, 3 * dstate + 2, w), np.float64)
         bounds = np.empty(TILE + 1, np.int64)
         gated = z.shape[0] > 0
+        share = (TILE + dstate - 1) // max(dstate, 1)
         for task in range(start, stop):
             b, block = task // blocks.shape[0], task % blocks.shape[0]
             d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
@@ -207,15 +217,15 @@ def _make_backward(zoh: bool, constant: bool) -> Kernel:
                     for n in range(dstate):
                         a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
                         bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
-                        part, parts, t1, rest = v * dstate + n, vectors * dstate, t0 - TILE, min(TILE, t0)
-                        prefetch_rows(u, b, order, row, t1, rest, d0, vectors, part, parts)
-                        prefetch_rows(raw_delta, b, order, row, t1, rest, d0, vectors, part, parts)
-                        prefetch_rows(dout, b, order, row, t1, rest, d0, vectors, part, parts)
-                        prefetch_rows(du, b, order, row, t1, rest, d0, vectors, part, parts)
-                        prefetch_rows(ddelta, b, order, row, t1, rest, d0, vectors, part, parts)
+                        p0, p1 = max(t0 - TILE, 0) + n * share, min(max(t0 - TILE, 0) + (n + 1) * share, t0)
+                        prefetch_rows(u, b, d, order, row, p0, p1)
+                        prefetch_rows(raw_delta, b, d, order, row, p0, p1)
+                        prefetch_rows(dout, b, d, order, row, p0, p1)
+                        prefetch_rows(du, b, d, order, row, p0, p1)
+                        prefetch_rows(ddelta, b, d, order, row, p0, p1)
                         if gated:
-                            prefetch_rows(z, b, order, row, t1, rest, d0, vectors, part, parts)
-                            prefetch_rows(dz, b, order, row, t1, rest, d0, vectors, part, parts)
+                            prefetch_rows(z, b, d, order, row, p0, p1)
+                            prefetch_rows(dz, b, d, order, row, p0, p1)
                         zero = cast(0, a)
                         g = load(carry, (v, n, 0))
                         for r in range(runs):
