@@ -337,6 +337,35 @@ def test_a_kernel_and_a_device_function_of_numba():
     assert y.tolist() == (2 * (np.arange(64) ^ 1)).tolist()
 
 
+def test_the_last_block_may_read_what_the_others_wrote_before_their_tickets():
+    def kernel(parts, tickets, y, ordered):
+        b = cuda.blockIdx.x
+        parts[b] = b + 1
+        cuda.threadfence()
+        if not ordered or cuda.atomic.add(tickets, 0, 1) == cuda.gridDim.x - 1:
+            y[0] = parts[0] + parts[1] + parts[2]
+
+    parts, tickets, y = np.zeros(3), np.zeros(1, np.int64), np.zeros(1)
+    for seed in range(3):
+        tickets[0] = 0
+        interpret(kernel, 3, 1, parts, tickets, y, True, seed=seed)
+        assert y[0] == 6
+        with pytest.raises(RaceError, match="and nothing orders blocks"):
+            interpret(kernel, 3, 1, parts, tickets, y, False, seed=seed)
+
+
+def test_one_shuffle_called_from_two_places_is_two():
+    def partner(v):
+        return cuda.shfl_xor_sync(-1, v, 1)
+
+    def kernel(y):
+        t = cuda.threadIdx.x
+        y[t] = partner(t) if t < 16 else partner(-t)
+
+    with pytest.raises(DivergentBarrierError, match=r"return cuda.shfl_xor_sync\(-1, v, 1\)"):
+        interpret(kernel, 1, 32, np.zeros(32))
+
+
 # --- arguments ---
 
 

@@ -146,6 +146,8 @@ class Memory:
         elif other.block is thread.block and other.warp is thread.warp:
             if time < thread.warp_floor or time < thread.seen.get(other.lane, 0):
                 return
+        elif other.block in thread.block.after:
+            return
         if copied:
             why = "and that copy_async was not waited for by its thread"
         elif other.block is thread.block:
@@ -162,7 +164,11 @@ class Memory:
         raise UninitializedReadError(message, self.name, k - self.first, (here,))
 
     def exchange(self, k: int, change: Any) -> Any:
-        """Replace element `k` in one step and return what it was; such steps do not race with each other."""
+        """Replace element `k` in one step and return what it was.
+
+        Such steps do not race with each other, and a block that takes one comes after the blocks that took one before:
+        it may read what they wrote. (That they called ``threadfence`` in between is not checked.)
+        """
         n = k - self.low
         if not 0 <= n < self.count or (self.valid is not None and not self.valid[n]):
             self.outside(k)
@@ -171,10 +177,11 @@ class Memory:
             thread: Any = getcurrent()
             frame = _getframe(2)
             site = frame.f_code, frame.f_lasti
-            cell = self.cells.get(k)
+            cell, earlier = self.cells.get(k), set()
             if cell is not None and cell[0] is not None and len(cell[0]) == 5:
-                cell[0] = None
-            self.record_write(k, thread, site, (thread, thread.time, *site, "in one step"))
+                earlier, cell[0] = cell[0][4], None
+            thread.block.after |= earlier
+            self.record_write(k, thread, site, (thread, thread.time, *site, thread.block.after | {thread.block}))
         self.flat[n] = change(old)
         return old
 

@@ -53,8 +53,8 @@ class Launch(NamedTuple):
 class Thread(greenlet.greenlet):
     """One CUDA thread.
 
-    While it waits, `request` says for what, (kind, mask, code, instruction), with its `value`, and the lane that it
-    reads from in `source`; without a request it has ended. For `time`, `start` and the floors see
+    While it waits, `request` says for what, (kind, mask, code, instruction, calls that led there), with its `value`,
+    and the lane that it reads from in `source`; without a request it has ended. For `time`, `start` and the floors see
     `npmamba.testing.shadow`; `seen` has later floors for some lanes, from barriers of a part of the warp.
     """
 
@@ -77,7 +77,7 @@ class Thread(greenlet.greenlet):
         """Say which thread it is and where it waits."""
         if self.request is None:
             return f"{called(self.index, self.block.index)}, which has ended"
-        return str(party(self, *self.request[2:]))
+        return str(party(self, *self.request[2:4]))
 
 
 class Warp:
@@ -111,11 +111,11 @@ class Warp:
         if uniform and first[1] & self.lanes == self.lanes:
             return self._serve(first[0], self.threads, whole=True)
         waiting = [t for t in self.threads if t.request is not None and t.request[0] != "barrier"]
-        for request in dict.fromkeys(t.request for t in waiting):
+        for request in [t.request for t in waiting]:
             group = [t for t in waiting if t.request == request]
             for thread in group:
                 if not request[1] >> thread.lane & 1:
-                    here = party(thread, *request[2:])
+                    here = party(thread, *request[2:4])
                     raise ShuffleError(
                         f"mask {request[1]:#x} leaves out the calling lane: {here}", parties=(here,)
                     )
@@ -128,7 +128,7 @@ class Warp:
     def _diverged(self, thread: Thread) -> NoReturn:
         request = thread.request
         others = [t for t in self.threads if request[1] >> t.lane & 1 and t.request != request]
-        parties = tuple(party(t, *t.request[2:]) for t in (thread, others[0]) if t.request is not None)
+        parties = tuple(party(t, *t.request[2:4]) for t in (thread, others[0]) if t.request is not None)
         message = f"{thread.at()} waits for lanes {request[1]:#x}; it misses {others[0].at()}"
         raise DivergentBarrierError(message, parties=parties)
 
@@ -148,7 +148,7 @@ class Warp:
         return group
 
     def _foreign(self, thread: Thread) -> NoReturn:
-        here = party(thread, *thread.request[2:])
+        here = party(thread, *thread.request[2:4])
         mask = thread.request[1] & self.lanes
         message = f"a shuffle reads from lane {thread.source}, which is not among the lanes {mask:#x}: {here}"
         raise ShuffleError(message, parties=(here,))
@@ -173,6 +173,7 @@ class Block:
 
     def __init__(self, launch: Launch, index: Index, time: int) -> None:
         self.launch, self.index, self.time = launch, index, time
+        self.after: set[Block] = set()  # blocks that came before, as atomic operations on one element tell
         self._arrays: dict[Any, Array] = {}
         self._dynamic = np.zeros(launch.shared, np.uint8)
         self._cells: dict[int, dict[int, Any]] = {}
@@ -201,7 +202,7 @@ class Block:
             t.seen, t.result = {}, said
 
     def _diverged(self, thread: Thread, other: Thread) -> NoReturn:
-        parties = tuple(party(t, *t.request[2:]) for t in (thread, other) if t.request is not None)
+        parties = tuple(party(t, *t.request[2:4]) for t in (thread, other) if t.request is not None)
         message = f"{thread.at()} waits at a barrier for all threads; it misses {other.at()}"
         raise DivergentBarrierError(message, parties=parties)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dis
 import functools
 import math
@@ -43,6 +44,16 @@ class Pointer:
 
     def shifted(self, n: Any) -> Pointer:
         return Pointer(self.memory, self.offset + index(n))
+
+    def followed(self, address: Any, count: Any) -> Pointer:
+        """Return a pointer to memory that is no argument; it shares the shadow of the arguments of its size."""
+        size, name = self.dtype.itemsize, f"the array at {int(address):#x}"
+        if int(address) % size:
+            raise KernelError(f"{name} is not aligned to its numbers of {size} bytes: {party(getcurrent())}")
+        held: Any = (ctypes.c_uint8 * (int(count) * size)).from_address(int(address))
+        flat = np.frombuffer(held, np.uint8).view(self.dtype)
+        memory = Memory(name, flat, int(address) // size, self.memory.cells, fresh=False)
+        return Pointer(memory, memory.low)
 
 
 class Null:
@@ -94,7 +105,10 @@ class Array:
 
     def __getitem__(self, i: Any) -> Any:
         if self.line and type(i) is not tuple and type(i) is not slice:
-            return self.memory.read(self.place(i))
+            k = index(i)
+            if not 0 <= k < self.line:
+                self._outside((k,))
+            return self.memory.read(self.offset + k)
         part = self._part(i if isinstance(i, tuple) else (i,))
         return part if part.shape else self.memory.read(part.offset)
 
@@ -179,7 +193,7 @@ def variable(code: types.CodeType, instruction: int) -> str:
     """Return the name that the result of a call is assigned to, or the line of the call."""
     for step in dis.get_instructions(code):
         if step.offset > instruction and step.opname.startswith("STORE_"):
-            return str(step.argval)
+            return str(step.argval if isinstance(step.argval, str) else step.argval[0])
         if step.offset > instruction and step.opname not in ("CACHE", "CALL", "PRECALL"):
             break
     return f"of line {line_of(code, instruction)}"

@@ -67,9 +67,13 @@ _ATOMICS: dict[str, Callable[..., Any]] = {
 def _wait(kind: str, mask: Any, value: Any = None, source: int = 0) -> Any:
     """Stop the running thread, which a word of `Cuda` was called by, until the others have come."""
     thread: Any = getcurrent()
-    frame = _getframe(2)
+    here = _getframe(2)
+    frame, calls = here.f_back, []
+    while frame is not None:  # the first frame of a greenlet has none behind it
+        calls.append(frame.f_lasti)
+        frame = frame.f_back
     thread.value, thread.source = value, source
-    thread.request = (kind, mask, frame.f_code, frame.f_lasti)
+    thread.request = (kind, mask, here.f_code, here.f_lasti, calls)
     thread.parent.switch()
     return thread.result
 
@@ -152,7 +156,7 @@ class Cuda:
         return 32 - (int(x) & FULL).bit_length()
 
     def threadfence(self) -> None:
-        """Blocks run one after another here."""
+        """Do nothing: what orders blocks here is that they exchange a number in one step."""
 
     threadfence_block = threadfence
 
