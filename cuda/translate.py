@@ -6,6 +6,7 @@ Words of `npmamba.cuda.device` and primitives of `npmamba.scalar` become intrins
 
 from __future__ import annotations
 
+import dis
 import types as python
 from typing import Any
 
@@ -97,7 +98,8 @@ class Translation:
     def copy(self, function: Any) -> Any:
         """Return a copy of a function with its names replaced."""
         known = function.__globals__
-        scope = {name: self.of(known[name]) for name in function.__code__.co_names if name in known}
+        called = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}  # not cuda.libdevice.exp2
+        scope = {name: self.of(known[name]) for name in called if name in known}
         scope |= {"__builtins__": __builtins__, "__name__": function.__module__}
         cells = tuple(python.CellType(self.of(cell.cell_contents)) for cell in function.__closure__ or ())
         return python.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells or None)
