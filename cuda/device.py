@@ -95,6 +95,14 @@ def shift(p: Any, n: Any) -> Any:
     return p.shifted(n)
 
 
+def follow(p: Any, address: Any, count: Any) -> Any:
+    """Return a pointer like `p` to `count` numbers at `address`, an int64 that the host has read off an array.
+
+    So one launch reads a list of arrays. What compiles to nothing here is `count`, to which the interpreter holds it.
+    """
+    return p.followed(address, count)
+
+
 def load2(p: Any, i: Any) -> Any:
     """Return two neighbouring numbers by one access; ``p + i`` must be aligned to both together."""
     return load(p, i), load(p, i + 1)
@@ -150,6 +158,11 @@ def wait_async(pending: int) -> None:
 
 
 # --- numbers: primitives of npmamba.scalar have their place there; these exist on CUDA devices only ---
+
+
+def double(x: Any) -> Any:
+    """Return float32 or float64 as float64; ``np.float64(x)`` of a float32 does not pass NVIDIA's assembler."""
+    return np.float64(x)
 
 
 def rcp(x: Any) -> Any:

@@ -89,6 +89,18 @@ def shift(typingctx: Any, p: Any, n: Any) -> Any:
     return p(p, n), emit
 
 
+@intrinsic
+def follow(typingctx: Any, p: Any, address: Any, count: Any) -> Any:
+    kind = types.CPointer(p.dtype)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = context.get_value_type(kind)
+        there = builder.inttoptr(args[1], ir.PointerType(pointer.pointee, 1))  # global memory, and known to be
+        return builder.addrspacecast(there, pointer)
+
+    return kind(p, types.int64, count), emit
+
+
 def _vectors(builder: Any, address: Any, element: Any, count: int) -> tuple[Any, Any, int]:
     """Return the address as one of vectors of up to 16 bytes, the type of the elements, and how many vectors."""
     size = count * element.bitwidth // 8
@@ -250,6 +262,16 @@ def _float32(text: str) -> Any:
         return types.float32(types.float32), emit
 
     return instruction
+
+
+@intrinsic
+def double(typingctx: Any, x: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if sig.args[0] == types.float64:
+            return args[0]
+        return _assembly(builder, "cvt.f64.f32 $0, $1;", "=d,f", F64, list(args), False)  # LLVM's own says .ftz
+
+    return types.float64(x), emit
 
 
 exp2_float32 = _float32("ex2.approx.ftz.f32")

@@ -21,8 +21,8 @@ from npmamba.cuda import device, intrinsics, primitives
 _WORDS: dict[Any, Any] = {
     getattr(device, name): getattr(intrinsics, name)
     for name in (
-        "load", "store", "shift", "load2", "load4", "load8", "store2", "store4", "store8",
-        "copy_async", "commit_async", "wait_async",
+        "load", "store", "shift", "follow", "load2", "load4", "load8", "store2", "store4", "store8",
+        "copy_async", "commit_async", "wait_async", "double",
     )
 }  # fmt: skip
 _COMMON = {scalar.cast: intrinsics.cast, scalar.fma: intrinsics.fma, scalar.select: intrinsics.select}
