@@ -206,8 +206,8 @@ def running_mean(mean, x, beta, rest):
 def adamw_step(p, m, v, decay, rate, root, eps):
     """decay p - rate m / (sqrt(v) / root + eps): Loshchilov & Hutter, arXiv 1711.05101, with numbers for
     decay = 1 - lr weight_decay, rate = lr / (1 - beta1^t) and root = sqrt(1 - beta2^t)"""
-    scale = sqrt(v) / cast(root, v) + cast(eps, v)
-    return fma(cast(decay, p), p, -(cast(rate, p) * (m / scale)))
+    scale = divide(sqrt(v), cast(root, v)) + cast(eps, v)
+    return fma(cast(decay, p), p, -(cast(rate, p) * divide(m, scale)))
 
 
 # --- random bits ---
