@@ -227,7 +227,7 @@ def memory_of(name: str, x: np.ndarray, cells: dict[int, dict[int, Any]] | None)
     first = x.ctypes.data // size
     steps = [(n - 1) * (s // size) for n, s in zip(x.shape, x.strides, strict=True)] if x.size else []
     below, span = -sum(s for s in steps if s < 0), 1 + sum(abs(s) for s in steps)
-    lowest = x[tuple(slice(-1, None) if s < 0 else slice(0, 1) for s in steps)]
+    lowest = x[(..., *(slice(-1, None) if s < 0 else slice(0, 1) for s in steps))]
     flat = as_strided(lowest, (span,), (size,)) if x.size else x.reshape(-1)
     own = None if cells is None else cells.setdefault(size, {})
     memory = Memory(name, flat, first - below, own, fresh=False)
