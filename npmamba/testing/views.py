@@ -115,6 +115,9 @@ class Array:
     def __setitem__(self, i: Any, value: Any) -> None:
         self.memory.write(self.place(i), value)
 
+    def shifted(self, n: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + index(n))
+
     def _part(self, i: tuple[Any, ...]) -> Array:
         offset, shape, strides = self.offset, [], []
         for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
