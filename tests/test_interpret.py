@@ -5,17 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import backends
 import ml_dtypes
 import numpy as np
 import planted
 import pytest
-from arrays import layouts, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +21,8 @@ pytest.importorskip("greenlet", reason="the kernel interpreter needs the extra `
 
 from planted import BLOCKS, BUGS, THREADS
 
-from npmamba.cuda import arrays, launch
+from npmamba import scalar
+from npmamba.cuda import arrays, device, launch
 from npmamba.cuda.device import (
     Data,
     Flags,
@@ -49,6 +46,7 @@ from npmamba.cuda.device import (
 )
 from npmamba.cuda.launch import Kernel
 from npmamba.scalar import cast, fma, silu, softplus
+from npmamba.testing import words
 from npmamba.testing.findings import (
     DivergentBarrierError,
     KernelError,
@@ -281,6 +279,32 @@ def test_a_block_that_ends_in_half_a_warp_shuffles_among_the_lanes_it_has():
     assert y.tolist() == (np.arange(48) ^ 1).tolist()
     with pytest.raises(ShuffleError, match="reads from lane 16, which is not among the lanes 0xffff"):
         interpret(kernel, 1, 48, y, 16)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("primitive", scalar.PRIMITIVES, ids=lambda primitive: primitive.__name__)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=5)
+def test_a_stand_in_computes_what_the_primitive_does(primitive, dtype, seed):
+    """`npmamba.scalar` defines them on arrays; the interpreter has faster ones for single numbers."""
+    count = primitive.__code__.co_argcount
+    drawn = np.random.default_rng(seed).standard_normal((40, count)) * 10
+    if primitive is scalar.log1p:
+        drawn = np.abs(drawn) / 100
+    x = np.concatenate([drawn, np.repeat([[np.inf], [-np.inf], [np.nan], [0.0], [200.0]], count, 1)]).astype(dtype)
+    x = [row if primitive is not scalar.select else [row[0] > 0, *row[1:]] for row in x]
+    with np.errstate(all="ignore"):
+        found = [words.STAND_INS[primitive](*row) for row in x]
+        expected = [primitive(*row) for row in x]
+    assert {type(v) for v in found} == {dtype}
+    cancels = 4e-6 if primitive is scalar.fma else np.finfo(dtype).tiny
+    np.testing.assert_allclose(found, expected, rtol=4 * np.finfo(dtype).eps, atol=cancels)
+
+
+def test_every_word_that_moves_numbers_has_a_stand_in():
+    names = {name for name in vars(device) if name.startswith(("load", "store", "copy_", "commit_", "wait_"))}
+    assert names >= {"load", "store8", "wait_async"}
+    assert {getattr(device, name) for name in names} <= words.STAND_INS.keys()
 
 
 # --- Numba's kernels ---
@@ -556,55 +580,6 @@ def follow_two_paths(y):
         y[t] = cuda.shfl_xor_sync(-1, t, 1)
     else:
         y[t] = cuda.shfl_xor_sync(-1, t, 2)
-
-
-# --- the backends of tests ---
-
-
-@settings(max_examples=5)
-@given(seed=schedules, name=st.sampled_from(["fortran", "part of a row", "negative strides"]))
-def test_one_test_runs_in_the_interpreter_and_on_a_gpu(device_backend, seed, name):
-    def copy(x):
-        y = arrays.empty(x, x.shape, x.dtype)
-        kernel.launch((1,), x.dtype, (x, y, *arrays.strides(x), x.shape[1], x.size))
-        return {"y": (y, None)}
-
-    kernel = Kernel(_gather, threads=32)
-    x = np.arange(12, dtype=np.float32).reshape(3, 4)
-    view = layouts(x)[name]
-    assert same_bits(device_backend.call(copy, view, seed=seed)["y"][0], x)
-    moved = device_backend.array(view)
-    assert moved.strides == view.strides
-    assert (arrays.address(moved) - view.ctypes.data) % 16 == 0
-
-
-def _gather(real):
-    def gathered(x: Data, y: Data, row: Stride, column: Stride, columns: Size, n: Size):
-        t = uint32(cuda.threadIdx.x)
-        if t < n:
-            store(y, t, load(x, int64(t // columns) * row + int64(t % columns) * column))
-
-    return gathered
-
-
-@pytest.mark.skipif(backends.missing() is None, reason="there is a GPU")
-def test_without_a_gpu_its_tests_are_left_out_or_refused_in_a_sentence(tmp_path):
-    here = Path(__file__).parent
-    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU", encoding="utf-8")
-    (tmp_path / "test_both.py").write_text(
-        "def test_both(device_backend):\n    assert not device_backend.fast\n", encoding="utf-8"
-    )
-    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(Path(npmamba.__file__).parent.parent)])}
-
-    def run_pytest(*options):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-        return subprocess.run(command, cwd=tmp_path, env=known, capture_output=True, text=True, check=False)
-
-    assert "1 passed, 1 deselected" in run_pytest().stdout
-    refused = run_pytest("-m", "gpu")
-    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: pytest -m 'gpu': CUDA kernels cannot run: " in refused.stderr
 
 
 # --- what is told to users ---
