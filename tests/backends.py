@@ -80,7 +80,7 @@ class Gpu(Interpreter):
         if not x.size or any(s % x.itemsize for s in x.strides):
             return cupy.asarray(x)
         below, span = -sum(s for s in steps if s < 0), x.itemsize + sum(abs(s) for s in steps)
-        lowest = x[tuple(slice(-1, None) if s < 0 else slice(0, 1) for s in steps)]
+        lowest = x[(..., *(slice(-1, None) if s < 0 else slice(0, 1) for s in steps))]
         start = lowest.ctypes.data % 256
         memory = cupy.empty(start + span, np.uint8)
         memory[start:] = cupy.asarray(as_strided(lowest, (span // x.itemsize,), (x.itemsize,)).copy().view(np.uint8))
