@@ -114,3 +114,5 @@ def _add_generate(commands: Any) -> None:
         help="draw from the likeliest that sum to X (default: 1)",
     )
     add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
+    backend = TrainConfig.__dataclass_fields__["backend"].metadata
+    add("--backend", choices=backend["choices"], default="numpy", help=backend["help"] + " (default: numpy)")

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from npmamba.backend import on_host
 from npmamba.config import MambaConfig
 from npmamba.files import atomic_write, load_json, save_json_atomic
 from npmamba.shapes import FLOATS, HALF
-from npmamba.tensorfile import TensorFile, encode, load_tensors, on_host, save_tensors
+from npmamba.tensorfile import TensorFile, encode, load_tensors, save_tensors
 from npmamba.training_state import TrainingState, has_training, load_params, load_training, save_training
 
 __all__ = [

@@ -48,10 +48,17 @@ def _guarded(command: str, run: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
         return 0
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        if os.environ.get("NPMAMBA_TRACEBACK"):
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if os.environ.get("NPMAMBA_TRACEBACK") or not _is_the_users(error):
             raise
         return _fail(command, sentence(error), FAILED)
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Tell whether an error is for the user to mend; of all RuntimeErrors, a GPU that cannot be used."""
+    from npmamba.cuda.requirements import CudaUnavailableError
+
+    return isinstance(error, CudaUnavailableError) or not isinstance(error, RuntimeError)
 
 
 def set_threads(threads: int | None) -> None:
@@ -120,7 +127,7 @@ def _generate(args: argparse.Namespace) -> int:
     from npmamba.streaming import load_vocabulary, pieces
 
     with shown():
-        model = MambaLM.from_pretrained(args.checkpoint)
+        model = MambaLM.from_pretrained(args.checkpoint, backend=args.backend)
         vocabulary = load_vocabulary(args.checkpoint)
         ids, eos = vocabulary.encode(args.prompt)[None], model.config.eos_token_id
         options = {

@@ -1,7 +1,7 @@
 """Sampling: from the logits of the next token to text, one token at a time.
 
 A recurrent model needs no growing cache: the prompt is read once (``prefill``), then each new token costs one
-``step`` of a state whose size never changes.
+``step`` of a state whose size never changes. A model on a GPU stays there; logits come, tokens go.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from npmamba.backend import beside, on_host
 
 
 def probabilities(
@@ -149,20 +151,26 @@ def stream(
     done = np.zeros(ids.shape[0], dtype=bool)
     if max_new_tokens <= 0:
         return
-    logits, state = model.prefill(ids)
+    logits, state = model.prefill(_placed(model, ids))
     for n in range(max_new_tokens):
-        token = sample_token(logits, rng, temperature, top_k, top_p)
+        token = sample_token(on_host(logits), rng, temperature, top_k, top_p)
         if eos_token_id is not None:
             token = np.where(done, eos_token_id, token)
             done |= token == eos_token_id
         yield token
         if done.all() or n + 1 == max_new_tokens:
             return
-        logits = model.step(token, state)
+        logits = model.step(_placed(model, token), state)
+
+
+def _placed(model: Any, tokens: Any) -> Any:
+    """Return tokens in the library of the model's parameters."""
+    params = getattr(model, "params", None)
+    return beside("generate", next(iter(params.values())), tokens) if params else tokens
 
 
 def _check_prompt(input_ids: ArrayLike) -> NDArray[np.integer]:
-    ids = np.asarray(input_ids)
+    ids = np.asarray(on_host(input_ids))
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"generate: input_ids must be integers (batch, seqlen), got {ids.dtype} {ids.shape}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
@@ -198,7 +206,8 @@ def generate(
 
     Returns
     -------
-    array (batch, seqlen + new), of `input_ids`' dtype
+    NumPy array (batch, seqlen + new), of `input_ids`' dtype
+        Tokens are drawn on the CPU, wherever the model is.
 
     Raises
     ------

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npmamba import lm
+from npmamba.backend import beside, on_host
 
 
 def _parts(model: Any) -> tuple[Any, Any]:
@@ -26,12 +27,11 @@ def step_sizes(model: Any, input_ids: ArrayLike) -> list[NDArray[np.floating]]:
     Parameters
     ----------
     model : MambaLM, or (params, config)
-        With NumPy parameters.
     input_ids : array (batch, seqlen), integers
 
     Returns
     -------
-    list of n_layer arrays (batch, seqlen, d_inner)
+    list of n_layer NumPy arrays (batch, seqlen, d_inner)
         All positive.
 
     Raises
@@ -40,13 +40,14 @@ def step_sizes(model: Any, input_ids: ArrayLike) -> list[NDArray[np.floating]]:
         If `input_ids` are not integers of that shape.
     """
     params, config = _parts(model)
-    ids, seen = np.asarray(input_ids), []
+    ids, seen = np.asarray(on_host(input_ids)), []
 
     def observe(*, delta: Any, delta_bias: Any, **others: Any) -> None:
-        seen.append(np.logaddexp(delta.swapaxes(1, 2) + delta_bias, delta.dtype.type(0)))  # softplus
+        x = on_host(delta).swapaxes(1, 2) + on_host(delta_bias)
+        seen.append(np.logaddexp(x, x.dtype.type(0)))  # softplus
 
     lm._check_ids("input_ids", ids, 2)
-    lm._hidden(params, config, ids, observe=observe)
+    lm._hidden(params, config, beside("step_sizes", next(iter(params.values())), ids), observe=observe)
     return seen
 
 
@@ -69,7 +70,7 @@ def selectivity(model: Any, input_ids: ArrayLike) -> NDArray[np.floating]:
     >>> selectivity(model, np.array([1, 2, 3])).shape
     (2, 3)
     """
-    ids = np.asarray(input_ids)
+    ids = np.asarray(on_host(input_ids))
     means = np.stack([delta.mean(axis=-1) for delta in step_sizes(model, np.atleast_2d(ids))])
     return means[:, 0] if ids.ndim == 1 else means
 
@@ -101,7 +102,7 @@ def time_constants(model: Any, input_ids: ArrayLike) -> NDArray[np.floating]:
     """
     params, config = _parts(model)
     rates = []
-    for n, delta in enumerate(step_sizes(model, np.atleast_2d(np.asarray(input_ids)))):
+    for n, delta in enumerate(step_sizes(model, np.atleast_2d(np.asarray(on_host(input_ids))))):
         mean = delta.mean(axis=(0, 1))[:, None]
-        rates.append(mean * np.exp(params[f"backbone.layers.{n}.mixer.A_log"]))
+        rates.append(mean * np.exp(on_host(params[f"backbone.layers.{n}.mixer.A_log"])))
     return 1.0 / np.stack(rates)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from npmamba.autodiff.algebra import dropout, linear
 from npmamba.backend import array_module
 from npmamba.block import BlockState, mamba_block, mamba_block_step
 from npmamba.config import MambaConfig
+from npmamba.cuda.requirements import require_device
 from npmamba.initialize import init_params
 from npmamba.ops.cross_entropy import cross_entropy
 from npmamba.ops.embedding import embedding
@@ -374,8 +374,8 @@ class MambaLM:
         ValueError, TypeError, OSError
             If the files are missing, damaged, or do not belong together, or an option is unknown; the message says
             which.
-        ImportError
-            If CuPy is asked for and missing.
+        CudaUnavailableError
+            If CuPy is asked for and cannot be used; the message says what is missing and how to mend it.
         """
         from npmamba.checkpoint import load_model
 
@@ -383,7 +383,7 @@ class MambaLM:
             raise ValueError(f"MambaLM.from_pretrained: backend must be 'numpy' or 'cupy', got {backend!r}")
         if dtype is not None and dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"MambaLM.from_pretrained: dtype must be float32, float64 or None, got {dtype!r}")
-        library = _import_cupy() if backend == "cupy" else np
+        library = require_device() if backend == "cupy" else np
         config, params = load_model(folder, dtype)
         return cls(config, {key: library.asarray(value) for key, value in params.items()})
 
@@ -410,16 +410,3 @@ def _check_params(config: MambaConfig, params: Params) -> None:
         if came != expected.get(key):
             wanted = f"have shape {expected[key]}" if key in expected else "not be there"
             raise ValueError(f"MambaLM: params[{key!r}] must {wanted}, got {'none' if came is None else came}")
-
-
-def _import_cupy() -> ModuleType:
-    try:
-        import cupy
-    except ModuleNotFoundError as error:
-        if error.name != "cupy":  # CuPy is there, but broken: its own message says how
-            raise
-        raise ImportError(
-            "MambaLM.from_pretrained: backend 'cupy' needs CuPy; install the extra for your CUDA version: "
-            'pip install "npmamba[cuda13]" or "npmamba[cuda12]"'
-        ) from None
-    return cupy

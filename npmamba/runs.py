@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from npmamba import backend
 from npmamba.autodiff.optim import AdamWState
 from npmamba.autodiff.tree import tree_map
 from npmamba.checkpoint import load_training, save_model, save_training
 from npmamba.config import MambaConfig
 from npmamba.corpus import Corpus, read_corpus
+from npmamba.cuda.requirements import require_device
 from npmamba.files import atomic_write
 from npmamba.lm import init_params
 from npmamba.plan import Plan
@@ -81,27 +81,23 @@ class Run:
         save_model(self.folder, self.model, params)
 
 
-def on_backend(backend: str, tree: Any) -> Any:
-    """Return `tree` with its NumPy arrays as arrays of the backend.
+def require(name: str) -> None:
+    """Raise CudaUnavailableError, which says what is missing and how to mend it, if a backend cannot be used here."""
+    if name == "cupy":
+        require_device()
 
-    Raises
-    ------
-    ImportError
-        If CuPy is asked for and missing: how to install it is said.
-    """
-    if backend == "numpy":
+
+def on_backend(name: str, tree: Any) -> Any:
+    """Return `tree` with its arrays in the library of the backend; a copy to the GPU is not waited for."""
+    if name == "numpy":
         return tree
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError:
-        extras = "pip install 'npmamba[cuda13]', or [cuda12] for an older driver"
-        raise ImportError(f"--backend cupy needs CuPy: {extras}; npmamba doctor says more") from None
-    return tree_map(lambda x: cupy.asarray(x) if isinstance(x, np.ndarray) else x, tree)
+    cupy = importlib.import_module("cupy")
+    return tree_map(lambda x: cupy.asarray(x) if hasattr(x, "dtype") else x, tree)
 
 
 def on_host(tree: Any) -> Any:
     """Return `tree` with NumPy arrays."""
-    return tree_map(lambda x: x.get() if hasattr(x, "__cuda_array_interface__") else x, tree)
+    return tree_map(backend.on_host, tree)
 
 
 def create(config: TrainConfig) -> Run:
@@ -111,12 +107,14 @@ def create(config: TrainConfig) -> Run:
     ------
     ValueError, OSError
         If the text cannot be used or the folder cannot be written, or holds a run already.
+    CudaUnavailableError
+        If it is to run on a GPU that cannot be used.
     """
     corpus = read_corpus(config)
     corpus.vocabulary.encode(
         config.prompt or ""
     )  # a prompt that cannot be read is better known now than later
-    on_backend(config.backend, None)
+    require(config.backend)
     folder = _choose_folder(config, corpus.name)
     sizes: dict[str, Any] = {"d_model": config.d_model, "n_layer": config.layers, "d_state": config.d_state}
     model = MambaConfig(vocab_size=len(corpus.vocabulary), dropout=config.dropout, **sizes)
@@ -150,12 +148,15 @@ def resume(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     ----------
     folder : path
     changes : mapping
-        Settings given anew; only those that no number of the training depends on may differ.
+        Settings given anew; only those that no number of the training depends on may differ, and the backend: a
+        run that goes on there rounds otherwise.
 
     Raises
     ------
     ValueError, OSError
         If there is no checkpoint, if the text is no longer the one it was, or if `changes` would make another run.
+    CudaUnavailableError
+        If it is to run on a GPU that cannot be used.
     """
     folder = Path(folder)
     state = load_training(folder)
@@ -168,6 +169,7 @@ def resume(folder: str | Path, changes: Mapping[str, Any]) -> Run:
                 f"{getattr(saved, name)}, and now {value} is asked for"
             )
     config = replace(saved, **{name: value for name, value in changes.items() if name not in fixed})
+    require(config.backend)
     corpus = read_corpus(config)
     if corpus.digest != state.extra["text"]:
         raise ValueError(f"the text {corpus.name} has changed since {folder} was started, so it cannot go on")

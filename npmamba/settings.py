@@ -16,7 +16,8 @@ from typing import Any
 def _option(default: Any, kind: type, help: str, **meta: Any) -> Any:
     """One setting: its `low` and `high` end, its `choices`, and whether it is `free`.
 
-    A free setting may change when a run is resumed, as no number of the training depends on it.
+    A free setting may change when a run is resumed: no number of the training depends on it, but for the rounding of
+    another backend.
     """
     rules = {"choices": (), "low": None, "high": None, "free": False, **meta}
     return field(default=default, metadata={"kind": kind, "help": help, **rules})
@@ -68,7 +69,9 @@ class TrainConfig:
     clip: float = _option(1.0, float, "largest norm of the gradient (0: no limit)", low=0.0)
     seed: int = _option(0, int, "seed of weights, batches, dropout and sample", low=0)
     dtype: str = _option("float32", str, "type of weights and arithmetic", choices=("float32", "float64"))
-    backend: str = _option("numpy", str, "array library", choices=("numpy", "cupy"))
+    backend: str = _option(
+        "numpy", str, "numpy: on the CPU, cupy: on a GPU", choices=("numpy", "cupy"), free=True
+    )
     eval_every: int = _option(
         100, int, "steps between validation losses (0: only at the end)", low=0, free=True
     )

@@ -18,7 +18,7 @@ from npmamba.inspect import selectivity, time_constants
 from npmamba.lm import MambaLM
 from npmamba.progress import clock
 from npmamba.report import Report
-from npmamba.runs import REPORT, Run, on_host
+from npmamba.runs import REPORT, Run
 from npmamba.settings import TrainConfig, flag
 
 SHOWN = 360  # characters in the selectivity map
@@ -29,7 +29,7 @@ def sample(run: Run) -> tuple[str, str]:
     """Return the prompt and what the model writes after it, by the run's seed."""
     config, vocabulary = run.config, run.corpus.vocabulary
     ids = prompt_ids(run)
-    model = MambaLM(run.model, on_host(run.params))
+    model = MambaLM(run.model, run.params)
     out = generate(model, ids[None], config.sample_length, temperature=TEMPERATURE, seed=config.seed)[0]
     return vocabulary.decode(ids), vocabulary.decode(out[len(ids) :])
 
@@ -52,7 +52,7 @@ def summarise(run: Run, prompt: str, text: str, command: str = "") -> Report:
     losses = [(m["step"], m["loss"]) for m in run.history if "loss" in m]
     validation = [(m["step"], m["validation_loss"]) for m in run.history if "validation_loss" in m]
     ids = run.corpus.vocabulary.encode(prompt + text)[:SHOWN]
-    model = MambaLM(run.model, on_host(run.params))
+    model = MambaLM(run.model, run.params)
     return Report(
         title=run.corpus.name,
         facts=facts(run),

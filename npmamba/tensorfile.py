@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from npmamba.backend import on_host
 from npmamba.files import atomic_write
 
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64".split()
@@ -110,8 +111,3 @@ def _plain(name: str, array: Any) -> np.ndarray:
     if host.dtype.name not in DTYPES:
         raise TypeError(f"save_tensors: {name} has dtype {host.dtype}; known are {', '.join(DTYPES)}")
     return np.asarray(host, host.dtype.newbyteorder("<"), order="C")
-
-
-def on_host(array: Any) -> Any:
-    """Return a CuPy array as a NumPy array, anything else as it is."""
-    return array.get() if hasattr(array, "dtype") and hasattr(array, "get") else array

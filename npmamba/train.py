@@ -3,6 +3,9 @@
 Every number that reaches the weights is a pure function of the settings, the text and the step: batches and dropout
 are drawn from (seed, step), the learning rate follows from the step. Time decides one thing only, once: how many
 steps fit a time budget. That plan is made before any update depends on it, and kept; see `npmamba.plan`.
+
+A GPU works through its steps while the next ones are prepared: losses and norms stay there, and are collected a few
+times a second and before anything is saved. Steps are timed from one collection to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from npmamba import lm
-from npmamba.autodiff import adamw, clip_by_global_norm, decay_mask, value_and_grad
+from npmamba.autodiff import adamw, clip_factor, decay_mask, value_and_grad
+from npmamba.backend import on_host
 from npmamba.data import IGNORE_INDEX, batch_at, evaluation_windows
 from npmamba.plan import given_plan, is_due, learning_rate, settle
 from npmamba.progress import Silent
@@ -28,6 +32,7 @@ from npmamba.settings import TrainConfig
 __all__ = ["Interrupted", "TrainConfig", "evaluate", "train"]
 
 UNTIMED = 3  # first steps of a sitting, in which kernels compile
+PATIENCE = 0.25  # seconds after which the steps that a GPU was given are waited for
 EVALUATED, FINAL = 2**15, 2**18  # at most so many tokens are predicted for a validation loss, the last one
 
 
@@ -61,6 +66,7 @@ def train(run: Run, display: Silent | None = None, *, started: float | None = No
         while not loop.finished:
             loop.step()
             if stop.is_set():
+                loop.collect()
                 run.save()
                 raise Interrupted(
                     f"stopped after step {run.step}; go on with: npmamba train --resume {run.folder}"
@@ -96,13 +102,16 @@ def _stop_signals() -> Iterator[threading.Event]:
 class Loop:
     """The steps of one run, with what they need and nothing that must be saved.
 
-    `begin` is when the time budget began, as if all sittings of the run were one.
+    `begin` is when the time budget began, as if all sittings of the run were one. `pending` are the steps whose loss
+    and norm have not been collected, the first of which began at `since`.
     """
 
     run: Run
     display: Silent
     begin: float
     times: list[float] = field(default_factory=list)
+    pending: list[tuple[int, Any, Any]] = field(default_factory=list)
+    since: float = 0.0
 
     def __post_init__(self) -> None:
         config = self.run.config
@@ -122,36 +131,57 @@ class Loop:
         return self.run.total is not None and self.run.step >= self.run.total
 
     def step(self) -> None:
-        """Do one step, and what is due after it: make the plan, evaluate, save."""
+        """Do one step, and what is due after it: collect, make the plan, evaluate, save."""
         run, config = self.run, self.run.config
-        began = time.perf_counter()
-        loss, norm = self._update()
-        self.times.append(time.perf_counter() - began)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} at step {run.step}; try a smaller --lr than {config.lr:g}"
-            )
-        run.seconds += self.times[-1]
-        if run.plan is None and is_due(config, run.step, time.perf_counter() - self.begin):
-            self._make_plan()
-        self._report(loss, norm)
-        if config.eval_every and run.step % config.eval_every == 0 and not self.finished:
+        if not self.pending:
+            self.since = time.perf_counter()
+        self._update()
+        evaluating, saving = (
+            bool(every) and run.step % every == 0 and not self.finished
+            for every in (config.eval_every, config.checkpoint_every)
+        )
+        if evaluating or saving or self.finished or not self._may_wait():
+            self.collect()
+        if evaluating:
             validation, _ = evaluate(run, EVALUATED)
             run.record(step=run.step, validation_loss=validation)
             self.display.validation({"step": run.step, "validation_loss": validation})
-        if config.checkpoint_every and run.step % config.checkpoint_every == 0 and not self.finished:
+        if saving:
             run.save()
 
-    def _update(self) -> tuple[float, float]:
+    def _may_wait(self) -> bool:
+        """Tell whether the numbers of the last steps may stay on the GPU for now."""
+        on_gpu = self.run.config.backend != "numpy" and len(self.times) >= UNTIMED
+        return on_gpu and time.perf_counter() - self.since < PATIENCE
+
+    def _update(self) -> None:
         run, config = self.run, self.run.config
         batch = {"batch": config.batch, "seqlen": config.context, "seed": config.seed, "step": run.step}
         x, y = on_backend(config.backend, batch_at(run.corpus.training, **batch))
         key = (config.seed, run.step) if config.dropout else None
         loss, gradients = self.gradient(run.params, run.model, x, y, dropout_key=key)
-        gradients, norm = clip_by_global_norm(gradients, config.clip or math.inf)
-        run.params, run.moments = self.optimizer.update(gradients, run.moments, run.params)
+        factor, norm = clip_factor(gradients, config.clip or math.inf)
+        run.params, run.moments = self.optimizer.update(gradients, run.moments, run.params, factor)
         run.step += 1
-        return float(loss), float(norm)
+        self.pending.append((run.step, loss, norm))
+
+    def collect(self) -> None:
+        """Wait for the steps that were begun, write down and report their numbers, and make the plan if it is due."""
+        run, config = self.run, self.run.config
+        pending, self.pending = [(step, *map(_number, numbers)) for step, *numbers in self.pending], []
+        if not pending:
+            return
+        each = (time.perf_counter() - self.since) / len(pending)
+        for step, loss, _ in pending:
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} at step {step}; try a smaller --lr than {config.lr:g}")
+        self.times += [each] * len(pending)
+        started = run.seconds
+        run.seconds += each * len(pending)
+        if run.plan is None and is_due(config, run.step, time.perf_counter() - self.begin):
+            self._make_plan()
+        for n, (step, loss, norm) in enumerate(pending, 1):
+            self._report(step, loss, norm, started + n * each)
 
     def _make_plan(self) -> None:
         config, size = self.run.config, len(self.run.corpus.validation)
@@ -161,23 +191,28 @@ class Loop:
         self.run.plan = settle(config, self.run.step, each, left, **parts)
         self.run.save()
 
-    def _report(self, loss: float, norm: float) -> None:
+    def _report(self, step: int, loss: float, norm: float, seconds: float) -> None:
         run, config = self.run, self.run.config
         pace = statistics.median(self.times[-50:][min(UNTIMED, len(self.times) - 1) :])
         metrics = {
-            "step": run.step,
+            "step": step,
             "loss": loss,
-            "learning_rate": learning_rate(run.step - 1, config, run.plan),
+            "learning_rate": learning_rate(step - 1, config, run.plan),
             "gradient_norm": norm,
             "tokens_per_second": config.batch * config.context / pace,
-            "seconds": round(run.seconds, 3),
+            "seconds": round(seconds, 3),
         }
         run.record(**metrics)
         spent = time.perf_counter() - self.begin
         left, done = (config.budget or 0.0) - spent, spent / (config.budget or math.inf)
         if run.total:
-            left, done = (run.total - run.step) * pace, run.step / run.total
+            left, done = (run.total - step) * pace, step / run.total
         self.display.step({**metrics, "total": run.total, "seconds_left": left, "done": done})
+
+
+def _number(x: Any) -> float:
+    """Return an array () as a float; one on a GPU is waited for."""
+    return float(on_host(x))
 
 
 def evaluate(run: Run, most: int = FINAL) -> tuple[float, int]:
@@ -191,9 +226,12 @@ def evaluate(run: Run, most: int = FINAL) -> tuple[float, int]:
     inputs, targets = evaluation_windows(run.corpus.validation, context)
     every = max(1, -(-len(inputs) // max(1, most // context)))
     inputs, targets = inputs[::every], targets[::every]
-    total, count = 0.0, int((targets != IGNORE_INDEX).sum())
+    count, losses = int((targets != IGNORE_INDEX).sum()), []
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch], targets[start : start + batch]
-        x, y = on_backend(run.config.backend, part)
-        total += float(lm.loss(run.params, run.model, x, y)) * int((y != IGNORE_INDEX).sum())
+        loss = lm.loss(run.params, run.model, *on_backend(run.config.backend, part))
+        losses.append((loss, int((part[1] != IGNORE_INDEX).sum())))
+    total = 0.0
+    for loss, tokens in losses:  # collected at last, so that a GPU is never waited for on the way
+        total += _number(loss) * tokens
     return total / count, count

@@ -21,8 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba import arguments, cli, lm, runs, summary
+from npmamba import train as train_module
 from npmamba.checkpoint import load_model, load_training
 from npmamba.config import MambaConfig
+from npmamba.cuda import requirements
 from npmamba.data import IGNORE_INDEX
 from npmamba.inspect import selectivity, step_sizes, time_constants
 from npmamba.lm import MambaLM, logits
@@ -244,6 +246,73 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(text, tmp_path):
     assert figures(out)[-1]["step"] == step
 
 
+# --- steps that are waited for together, as on a GPU ---
+
+
+@pytest.fixture
+def host_as_gpu(monkeypatch):
+    """Let ``backend="cupy"`` run on the host: everything that is particular to a GPU but its arrays."""
+    cupy = types.SimpleNamespace(asarray=np.asarray, ndarray=type("ndarray", (), {}))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(runs, "require", lambda name: None)
+    monkeypatch.setattr(train_module, "PATIENCE", 60.0)
+
+
+class Steps(Silent):
+    """Notes which steps are reported, and how many were done by then."""
+
+    def __init__(self, run: runs.Run) -> None:
+        self.run, self.seen = run, []
+
+    def step(self, metrics):
+        self.seen.append((metrics["step"], self.run.step))
+
+
+def test_steps_on_a_gpu_are_collected_together_with_the_same_figures(text, tmp_path, host_as_gpu):
+    changes = {"steps": 23, "eval_every": 10, "checkpoint_every": 7, "dropout": 0.2}
+    alone = finished(text, tmp_path / "numpy", **changes)
+    run = runs.create(config(text, tmp_path / "cupy", backend="cupy", **changes))
+    display = Steps(run)
+    train(run, display)
+    assert [step for step, _ in display.seen] == list(range(1, 24))
+    assert sorted({done for _, done in display.seen}) == [1, 2, 3, 7, 10, 14, 20, 21, 23]
+    assert_same_run(alone.folder, run.folder)
+    assert run.seconds == pytest.approx(run.history[-2]["seconds"], abs=1e-3)
+
+
+def test_steps_on_a_gpu_are_not_left_alone_for_long(text, tmp_path, host_as_gpu, monkeypatch):
+    monkeypatch.setattr(train_module, "PATIENCE", 0.0)
+    run = runs.create(config(text, tmp_path / "run", backend="cupy"))
+    display = Steps(run)
+    train(run, display)
+    assert display.seen == [(step, step) for step in range(1, 13)]
+
+
+def test_an_interrupted_run_on_a_gpu_goes_on_with_the_same_bits_on_either_backend(text, tmp_path, host_as_gpu):
+    changes = {"steps": 20, "eval_every": 0, "checkpoint_every": 0}
+    whole = finished(text, tmp_path / "whole", **changes)
+    for backend in ("numpy", "cupy"):
+        broken = tmp_path / backend
+        with pytest.raises(Interrupted, match="stopped after step 3; go on"):
+            train(runs.create(config(text, broken, backend="cupy", **changes)), StopAfter(3))
+        assert load_training(broken).extra["settings"]["backend"] == "cupy"
+        assert runs.resume(broken, {}).config.backend == "cupy"
+        run = train(runs.resume(broken, {"backend": backend}))
+        assert load_training(broken).extra["settings"]["backend"] == run.config.backend == backend
+        assert_same_run(whole.folder, broken)
+
+
+def test_a_loss_that_is_not_finite_is_found_before_anything_is_saved(text, tmp_path, host_as_gpu):
+    run = runs.create(config(text, tmp_path / "run", backend="cupy", checkpoint_every=8, steps=40))
+    loop = Loop(run, Silent(), begin=time.perf_counter())
+    for _ in range(5):
+        loop.step()
+    run.params["backbone.norm_f.weight"][:] = np.nan
+    with pytest.raises(ValueError, match="the loss became nan at step 6; try a smaller --lr"):
+        loop.step(), loop.step(), loop.step()
+    assert not (run.folder / "checkpoint.safetensors").exists()
+
+
 # --- the plan ---
 
 
@@ -344,11 +413,31 @@ def test_a_prompt_that_cannot_be_read_is_refused_at_once(capsys, text, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def without_gpu(monkeypatch):
+    """Have CuPy be the piece that is missing, whatever this machine has."""
+    monkeypatch.setattr(requirements, "release", lambda: (13, 0))
+    monkeypatch.setattr(requirements, "version", lambda package: None)
+
+
 def test_a_missing_cupy_comes_with_the_command_that_installs_it(capsys, text, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # imports fail
+    without_gpu(monkeypatch)
     message = refused(capsys, text, "--out", str(tmp_path / "run"), "--backend", "cupy")
-    assert "--backend cupy needs CuPy: pip install 'npmamba[cuda13]'" in message
+    assert message.endswith("CuPy is not installed; to mend it: pip install 'npmamba[cuda13]'")
     assert not (tmp_path / "run").exists()
+    folder = str(finished(text, tmp_path / "done").folder)
+    assert cli.main(["train", "--resume", folder, "--backend", "cupy"]) == 2
+    assert cli.main(["generate", folder, "--backend", "cupy"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[1] for line in errors] == [" to mend it: pip install 'npmamba[cuda13]'"] * 2
+
+
+def test_a_mistake_of_the_program_is_not_told_as_the_user_s(monkeypatch):
+    def fail(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["doctor"])
 
 
 def test_folders_that_cannot_be_used_are_named(capsys, text, tmp_path):
