@@ -81,7 +81,7 @@ def _check_devices(op: str, arrays: dict[str, Any]) -> None:
 
 def on_host(x: Any) -> Any:
     """Return a CuPy array as a NumPy array, which waits for the GPU; anything else as it is."""
-    return x.get() if hasattr(x, "__cuda_array_interface__") else x
+    return x.get() if is_array(x) and not isinstance(x, np.ndarray) else x
 
 
 def beside(op: str, array: Any, x: Any) -> Any:

@@ -81,7 +81,7 @@ def save_model(
     OSError
         If something cannot be written; an earlier model in the folder stands.
     """
-    _check(f"save_model: {folder}", config, {name: np.shape(array) for name, array in params.items()})
+    _check(f"save_model: {folder}", config, {name: tuple(array.shape) for name, array in params.items()})
     tensors = {name: _cast(name, on_host(array), dtype) for name, array in params.items()}
     content = encode(tensors, {"format": "pt"})
     stored = tensors[_EMBEDDING].dtype.name

@@ -144,57 +144,43 @@ def _extras() -> list[tuple[str, ...]]:
 
 
 def _cuda() -> list[tuple[str, ...]]:
-    release = _driver()
-    extra = "cuda13" if release is None or release >= (13, 0) else "cuda12"
-    install = f"pip install 'npmamba[{extra}]'"
-    out: list[tuple[str, ...]] = []
-    if release is None:
-        out.append(("driver", MISSING, "no NVIDIA driver library (libcuda) on this machine", _NO_DRIVER))
-    else:
-        out.append(("driver", GOOD, f"CUDA {release[0]}.{release[1]}"))
-    cupy = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _version(name)), None)
-    out.append((cupy, GOOD, _version(cupy) or "") if cupy else ("cupy", MISSING, "not installed", install))
-    out.append(_package("numba-cuda", install))
-    return [*out, _device()] if release and cupy else out
+    from npmamba.cuda import requirements as r
+
+    out = [_piece("driver", r.driver), _piece("cupy", r.cupy_package), _piece("numba-cuda", r.numba_cuda)]
+    if all(row[1] == GOOD for row in out[:2]):
+        out.append(_piece("device", r.device))
+    if out[2][1] == GOOD:
+        out += [_piece(piece.__name__, piece) for piece in r.COMPILER[1:]]
+    return out
 
 
-_NO_DRIVER = "install NVIDIA's driver: https://www.nvidia.com/drivers"
+def _piece(name: str, look: Callable[[], str]) -> tuple[str, ...]:
+    """Return what was found of a piece that CUDA kernels need."""
+    from npmamba.cuda.requirements import CudaUnavailableError
 
-
-def _driver() -> tuple[int, int] | None:
-    """Ask the driver library for its CUDA release, with no CUDA package."""
     try:
-        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-    number = ctypes.c_int(0)
-    library.cuDriverGetVersion(ctypes.byref(number))
-    return number.value // 1000, number.value % 1000 // 10
-
-
-def _device() -> tuple[str, ...]:
-    cupy = importlib.import_module("cupy")
-    found = cupy.cuda.runtime.getDeviceProperties(0)
-    memory = found["totalGlobalMem"] / 2**30
-    return (
-        "device",
-        GOOD,
-        f"{found['name'].decode()}, {memory:.0f} GiB, sm_{found['major']}{found['minor']}",
-    )
+        return name, GOOD, look()
+    except CudaUnavailableError as error:
+        return name, MISSING if error.missing else BAD, error.problem, error.remedy
 
 
 def _self_test() -> list[tuple[str, ...]]:
-    error = scan_error()
+    out = [_scan_row("selective scan", scan_error())]
+    if any(name == "device" and state == GOOD for name, state, *_ in _cuda()):
+        out.append(_scan_row("the same on CUDA", scan_error("cupy")))
+    return out
+
+
+def _scan_row(name: str, error: float) -> tuple[str, ...]:
     state = GOOD if error < 1e-5 else BAD
-    return [
-        ("selective scan", state, f"float32 kernel against the float64 reference: {error:.1e} of the maximum")
-    ]
+    return name, state, f"float32 kernel against the float64 reference: {error:.1e} of the maximum"
 
 
-def scan_error() -> float:
-    """Return max |kernel - reference| / max |reference| of one small random scan."""
+def scan_error(library: str = "numpy") -> float:
+    """Return max |kernel - reference| / max |reference| of one small random scan of NumPy or CuPy arrays."""
     import numpy as np
 
+    from npmamba.backend import on_host
     from npmamba.ops.selective_scan import selective_scan
     from npmamba.reference import selective_scan as reference
 
@@ -203,8 +189,9 @@ def scan_error() -> float:
     x["B"], x["C"] = rng.normal(size=(2, 2, 16, 50))
     x["A"] = -rng.uniform(0.5, 16, size=(24, 16))
     x["D"], x["delta_bias"] = rng.normal(size=(2, 24))
-    single: dict[str, Any] = {name: value.astype(np.float32) for name, value in x.items()}
-    y = selective_scan(**single, delta_softplus=True)
+    xp = importlib.import_module(library)
+    single: dict[str, Any] = {name: xp.asarray(value.astype(np.float32)) for name, value in x.items()}
+    y = on_host(selective_scan(**single, delta_softplus=True))
     expected = reference.forward(**x, delta_softplus=True)[0]
     return float(np.abs(y - expected).max() / np.abs(expected).max())
 

@@ -168,7 +168,8 @@ class Loop:
     def collect(self) -> None:
         """Wait for the steps that were begun, write down and report their numbers, and make the plan if it is due."""
         run, config = self.run, self.run.config
-        pending, self.pending = [(step, *map(_number, numbers)) for step, *numbers in self.pending], []
+        pending = [(step, _number(loss), _number(norm)) for step, loss, norm in self.pending]
+        self.pending.clear()
         if not pending:
             return
         each = (time.perf_counter() - self.since) / len(pending)

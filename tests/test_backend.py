@@ -16,8 +16,6 @@ from npmamba.cpu.runtime import empty
 class FakeCupyArray:
     """What a CuPy array is to the dispatch: an instance of ``cupy.ndarray`` on one of several GPUs."""
 
-    __cuda_array_interface__: dict = {}
-
     def __init__(self, device=0):
         self.data = types.SimpleNamespace(device_id=device)
 

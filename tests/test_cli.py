@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba import cli, doctor, progress
+from npmamba.cuda import requirements
 from npmamba.cpu import runtime
 from npmamba.settings import TrainConfig, nearest, read_toml
 
@@ -197,6 +198,22 @@ def test_the_doctor_survives_a_broken_piece_and_says_so(monkeypatch, capsys):
 def test_the_self_test_sees_a_wrong_kernel(monkeypatch):
     monkeypatch.setattr(doctor, "scan_error", lambda: 1e-3)
     assert doctor._self_test()[0][1] == doctor.BAD
+
+
+def test_the_pieces_that_cuda_needs_are_named_with_their_remedies(monkeypatch):
+    def absent():
+        raise requirements.CudaUnavailableError("CuPy is not installed", "pip install it", missing=True)
+
+    def old():
+        raise requirements.CudaUnavailableError("the driver is old", "install a newer one")
+
+    monkeypatch.setattr(requirements, "driver", old)
+    monkeypatch.setattr(requirements, "cupy_package", absent)
+    monkeypatch.setattr(requirements, "device", lambda: "must not be asked")
+    rows = {name: rest for name, *rest in doctor._cuda()}
+    assert rows["driver"] == [doctor.BAD, "the driver is old", "install a newer one"]
+    assert rows["cupy"] == [doctor.MISSING, "CuPy is not installed", "pip install it"]
+    assert "device" not in rows
 
 
 def test_a_cache_that_others_can_write_is_named(tmp_path):
