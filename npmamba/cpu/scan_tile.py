@@ -33,6 +33,9 @@ from npmamba.scalar import (
 TILE = 64
 """Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
 
+SPAN = 32
+"""Steps that the forward pass stages at a time: half a tile asks less of the memory at once. It divides TILE."""
+
 DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
 """Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), decays, states."""
 

@@ -2,8 +2,8 @@
 
 A task is one batch row and one block of channels. Time is walked in tiles of `TILE` steps that stay in the first-level
 cache; inside a tile the loops are: channel vector, state, time. One state of one vector of channels lives in a register
-while it runs through the tile, so one kernel serves every dstate. The order of every sum is fixed by the tile and
-block sizes alone.
+while it runs through the tile, so one kernel serves every dstate; the forward pass takes half a tile and two states at
+once. The order of every sum is fixed by the tile and block sizes alone.
 
 Time-varying arguments arrive as (batch, seqlen, dim) with unit channel stride. Which step comes when, and where a new
 sequence begins, is told by `Schedule`: reversed time, packed sequences and padding cost the loops nothing.
@@ -19,6 +19,7 @@ from npmamba.cpu.layout import in_order_of, native, rows, rows_like
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Write, WriteDouble, empty, launch, scratch
 from npmamba.cpu.scan_tile import (
     SLOTS,
+    SPAN,
     TILE,
     Y,
     get,
@@ -70,7 +71,8 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
         softplus_on: Flag,
     ):
         """Equation: h_t = exp(delta_t A) h_{t-1} + f_t B_t u_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
-        Threads: a task is (batch row, block of channels); loops over tiles of time, channel vectors, states, time.
+        Threads: a task is (batch row, block of channels); loops over spans of time, channel vectors, pairs of
+        states, time.
         Owns: out, last and checkpoints of its channels; nothing is summed across tasks.
         Saved: the state before each tile.
         """
@@ -79,7 +81,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
         tile = scratch((SLOTS * (TILE + 1) * w,), u)
         h = scratch((BLOCK_VECTORS, dstate, w), u)
         bounds = np.empty(TILE + 1, np.int64)
-        share = (TILE + dstate - 1) // max(dstate, 1)
+        share = (SPAN + dstate - 1) // max(dstate, 1)
         for task in range(start, stop):
             b, block = task // blocks.shape[0], task % blocks.shape[0]
             d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
@@ -89,9 +91,9 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                 d = d0 + v * w
                 for n in range(dstate):
                     store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
-            for t0 in range(0, steps_of[row], TILE):
-                steps = min(TILE, steps_of[row] - t0)
-                t1, t2 = t0 + steps, min(t0 + steps + TILE, steps_of[row])
+            for t0 in range(0, steps_of[row], SPAN):
+                steps = min(SPAN, steps_of[row] - t0)
+                t1, t2 = t0 + steps, min(t0 + steps + SPAN, steps_of[row])
                 runs = segments(fresh, row, t0, steps, bounds)
                 load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
                 for v in range(vectors):
@@ -99,7 +101,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                     count = d1 - d
                     reach = load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
                     for n in range(0, dstate, 2):
-                        m = min(n + 1, dstate - 1)
+                        m = min(n + 1, dstate - 1)  # the pair of states n and m, or n alone if they are the same
                         p0, p1 = t1 + n * share, min(t1 + (n + 2) * share, t2)
                         prefetch_rows(u, b, d, order, row, p0, p1)
                         prefetch_rows(raw_delta, b, d, order, row, p0, p1)
@@ -107,7 +109,7 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
                         if z.shape[0]:
                             prefetch_rows(z, b, d, order, row, p0, p1)
                         g, k = load(h, (v, n, 0)), load(h, (v, m, 0))
-                        if checkpoints.shape[0]:
+                        if checkpoints.shape[0] and t0 % TILE == 0:
                             store(checkpoints, (b, t0 // TILE, n, d), g, count)
                             store(checkpoints, (b, t0 // TILE, m, d), k, count)
                         a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
