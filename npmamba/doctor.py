@@ -12,7 +12,6 @@ import importlib.util
 import os
 import pkgutil
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba import cli, doctor, progress
-from npmamba.cuda import requirements
 from npmamba.cpu import runtime
+from npmamba.cuda import requirements
 from npmamba.settings import TrainConfig, nearest, read_toml
 
 
