@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,19 @@ def packages(modules: set[str]) -> set[str]:
 def test_importing_npmamba_loads_nothing_heavy():
     heavy = {"numba", "llvmlite", "scipy", "cupy", "cuda", "matplotlib"}
     assert not packages(loaded("import npmamba")) & heavy
+
+
+COMPILER = {"compile", "intrinsics", "translate"}
+TWINS = sorted({path.stem for path in (ROOT / "npmamba" / "cuda").glob("*.py")} - COMPILER)
+
+
+def test_importing_cuda_twins_loads_no_cuda_package():
+    """All in one process; what the first one had loaded, the last one would show."""
+    imports = "\n".join(f"import npmamba.cuda.{name}" for name in TWINS)
+    modules = loaded(imports)
+    assert {f"npmamba.cuda.{name}" for name in TWINS} <= modules
+    assert not modules & {"numba.cuda"}
+    assert not packages(modules) & {"cupy", "cupyx", "cuda", "numba_cuda"}
 
 
 def test_using_an_operation_loads_only_the_cpu_path():
@@ -101,3 +115,19 @@ def test_the_core_needs_no_more_than_it_says():
     for name, extra in project["optional-dependencies"].items():
         heavy = [need for need in extra if need.startswith(("torch", "jax", "tensorflow"))]
         assert not heavy or name == "bench"
+
+
+@checkout
+def test_the_cuda_packages_stay_in_their_extras_and_go_together():
+    """`test` compiles CUDA kernels with what `cuda13` brings, where NVIDIA builds it, and needs no CuPy."""
+    extras = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    where = "; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    cuda = re.compile("cu|numba|nvidia|numpy")
+    found = {name: {need for need in needs if cuda.match(need)} for name, needs in extras.items()}
+    numba = "numba-cuda[cu{}]>=0.30,<0.31"
+    assert {name: needs for name, needs in found.items() if needs} == {
+        "cuda12": {"cupy-cuda12x>=14,<15", numba.format(12), "numpy<2.5"},
+        "cuda13": {"cupy-cuda13x>=14,<15", numba.format(13), "numpy<2.5"},
+        "test": {f"{need}{where}" for need in (numba.format(13), "cuda-toolkit==13.0.*", "numpy<2.5")},
+    }
+    assert "npmamba[test-cpu]" in extras["test"]
