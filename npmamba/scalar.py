@@ -46,7 +46,7 @@ def exp2(x: Any) -> Any:
 
 
 def exp2_product(x: Any, y: Any) -> Any:
-    """Return ``2^(x y)`` as `exp2` does; where the target can, the product is not rounded."""
+    """Return ``2^(x y)`` as `exp2` does; some targets round the product, others do not."""
     return np.exp2(x * y)
 
 
