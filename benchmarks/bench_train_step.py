@@ -1,6 +1,7 @@
 """One training step of a small character model on the CPU: npmamba against JAX and mambapy.
 
     python benchmarks/bench_train_step.py [--threads 2] [--quick] [--json FILE]
+    python benchmarks/bench_train_step.py --gpu [--quick] [--json FILE]        on a GPU: see train_step_gpu.py
 
 d_model 128, 4 layers, d_state 16, batch 16 x 256, vocabulary 65, float32: forward, backward and AdamW. All contenders
 start from the same parameters and must agree on the first losses. "matrix products" are NumPy's products of exactly
@@ -23,6 +24,7 @@ LEARNING_RATE = 1e-3
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="two models on a GPU, without peers")
     parser.add_argument("--threads", type=int, default=1, help="threads of every contender (default 1)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of alternation (default 7)")
     parser.add_argument("--quick", action="store_true", help="2 rounds")
@@ -33,6 +35,11 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     OPTIONS = arguments()
+    if OPTIONS.gpu:
+        import train_step_gpu
+
+        train_step_gpu.main(OPTIONS)
+        raise SystemExit
     harness.limit_threads(OPTIONS.threads)
 
 import numpy as np  # noqa: E402
