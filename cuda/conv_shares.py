@@ -1,0 +1,78 @@
+"""How the kernels of the causal convolution divide the work: grids, and the sizes that kernels are given.
+
+All of it follows from the shape and the dtype alone, so that sums over time have the same bits on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from npmamba.cuda import conv_any
+from npmamba.cuda.conv_parts import COLUMNS, GROUP, THREADS, lanes_of
+
+STRETCH, SHORTEST, LONGEST = 64, 16, 512
+"""Steps of a stretch where there is neither little work nor very much, and its bounds."""
+TURNS = 8
+"""Pieces that a thread of `npmamba.cuda.conv_lines` takes in turn, at most."""
+ENOUGH, PLENTY = 2**16, 2**18
+"""Threads, below which each is given half as much to do, and from which on it is given twice as much."""
+
+
+class Stretches(NamedTuple):
+    """How time is divided where a thread walks through it."""
+
+    steps: int
+    per_row: int
+    lines: int
+    """Stretches of all batch rows."""
+
+    @property
+    def parts(self) -> int:
+        """Parts of dweight that are added in the second stage."""
+        return -(-self.lines // GROUP)
+
+
+def stretches(x: Any) -> Stretches:
+    """Divide the time of `x` (batch, dim, seqlen): the same way for every memory order."""
+    (batch, dim, seqlen), steps = x.shape, STRETCH
+    across = batch * -(-dim // lanes_of(x.dtype))
+    while across * -(-seqlen // steps) < ENOUGH and steps > SHORTEST:
+        steps //= 2
+    while across * -(-seqlen // steps) >= PLENTY and steps < LONGEST:
+        steps *= 2
+    per_row = -(-seqlen // steps)
+    return Stretches(steps, per_row, batch * per_row)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def row_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
+    """Return the grid and the sizes for `npmamba.cuda.conv_rows`."""
+    (_, dim, seqlen), cut = x.shape, stretches(x)
+    pieces = -(-dim // lanes_of(x.dtype))
+    columns = min(COLUMNS, _power_of_two(pieces))
+    blocks = -(-pieces // columns)
+    grid = (blocks * -(-cut.lines // (THREADS // columns)),)
+    return grid, (dim, seqlen, *cut, columns, blocks)
+
+
+def line_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
+    """Return the grid and the sizes for `npmamba.cuda.conv_lines`; the last size is the number of tiles of a row."""
+    (batch, dim, seqlen), turns = x.shape, TURNS
+    pieces, rows = seqlen // lanes_of(x.dtype), batch * dim
+    near = min(THREADS, _power_of_two(pieces))
+    while rows * near * -(-pieces // (near * turns)) < ENOUGH and turns > 1:
+        turns //= 2
+    tiles = -(-pieces // (near * turns))
+    grid = (tiles * -(-rows // (THREADS // near)),)
+    return grid, (dim, pieces, rows, near, near * turns, tiles)
+
+
+def any_share(x: Any, count: int) -> tuple[tuple[int], int]:
+    """Return the grid for `npmamba.cuda.conv_any` over `count` numbers a channel, and whether it runs along time."""
+    batch, dim, _ = x.shape
+    along_time = abs(x.strides[2]) <= abs(x.strides[1])
+    length, other = (count, dim) if along_time else (dim, count)
+    return (batch * other * -(-length // conv_any.THREADS),), int(along_time)

@@ -1,0 +1,290 @@
+"""The causal convolution on CUDA: every family of kernels against the reference, and what its memory must not change."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from arrays import error, layouts, same_bits
+from cases import conv_case, conv_specs, cotangents, parameter_dtype
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npmamba.cpu import causal_conv1d as cpu
+from npmamba.cuda import causal_conv1d as twin
+from npmamba.cuda import conv_any, conv_lines, conv_rows, conv_shares
+from npmamba.reference import causal_conv1d as reference
+
+ON = {"bias": True, "activation": "silu", "initial_state": True}
+FEW = settings(max_examples=6)
+NAMES = ("y", "last_state", "x", "weight", "bias", "initial_state")
+
+
+def prepared(case):
+    """Give the weights the dtype of a state: both stay in float32 where x is shorter."""
+    wide = parameter_dtype(case["x"].dtype)
+    return {k: v.astype(wide) if k in ("weight", "bias") and v is not None else v for k, v in case.items()}
+
+
+def drawn(seed, batch, dim, seqlen, width, dtype=np.float64, **options):
+    """Return the arguments, and the gradients dout and dlast_state."""
+    case = prepared(conv_case(np.random.default_rng(seed), batch, dim, seqlen, width, dtype=dtype, **options))
+    return case, *cotangents(seed, case["x"], (batch, dim, width - 1))
+
+
+def side_by_side(x):
+    """Return the same values with channels side by side, as the half of a wider array that a model has."""
+    wide = np.zeros((x.shape[0], x.shape[2], 2 * x.shape[1]), x.dtype)
+    wide[..., x.shape[1] :] = x.swapaxes(1, 2)
+    return wide[..., x.shape[1] :].swapaxes(1, 2)
+
+
+def both(device, case, dout, dlast, seed=None):
+    """Return everything: y, the last state, and the gradients."""
+
+    def run(x, weight, bias, initial_state, dout, dlast, **options):
+        y, last, saved = twin.forward(x, weight, bias, initial_state, **options, save=True)
+        return y, last, *twin.backward(dout, dlast, saved)
+
+    return device.call(run, **case, dout=dout, dlast=dlast, seed=seed)
+
+
+def by_reference(case, dout, dlast):
+    return *reference.forward(**case), *reference.backward(dout, **case, dlast_state=dlast)
+
+
+def check(found, expected, tolerance=1e-12, dtypes=None, terms=0.0):
+    for k, (name, a, b) in enumerate(zip(NAMES, found, expected, strict=True)):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert dtypes is None or a.dtype == dtypes[k], name
+            limit = tolerance[k] if isinstance(tolerance, list) else tolerance
+            assert error(a, b, terms if k in (3, 4) else 0.0) <= limit, name
+
+
+def family(case, dout) -> Any:
+    """Return the module whose kernels run the backward pass."""
+    return twin._family(case["weight"].shape[1], case["seq_idx"] is not None, case["x"], dout)
+
+
+def test_functions_are_those_of_the_cpu_twin():
+    for name in ("forward", "backward", "update"):
+        found, wanted = (list(inspect.signature(getattr(t, name)).parameters) for t in (twin, cpu))
+        assert found == wanted
+
+
+# Against the reference
+
+
+@FEW
+@given(conv_specs(batches=(1, 2), dims=(2, 12), lengths=(1, 3, 16, 21), widths=(2, 3, 4)))
+def test_channels_side_by_side_are_the_reference(device_backend, spec):
+    case = spec.arguments()
+    dout, dlast = cotangents(spec.seed, case["x"], spec.state_shape)
+    expected = by_reference(case, dout, dlast)
+    case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    assert family(case, dout) is conv_rows
+    check(both(device_backend, case, dout, dlast, spec.seed), expected)
+
+
+@FEW
+@given(conv_specs(batches=(1, 2), dims=(1, 5), lengths=(2, 4, 22), widths=(2, 3, 4)))
+def test_time_side_by_side_is_the_reference(device_backend, spec):
+    case = {**spec.arguments(), "seq_idx": None}
+    dout, dlast = cotangents(spec.seed, case["x"], spec.state_shape)
+    assert family(case, dout) is conv_lines
+    check(both(device_backend, case, dout, dlast, spec.seed), by_reference(case, dout, dlast))
+
+
+@FEW
+@given(conv_specs(batches=(1, 2), dims=(1, 5), lengths=(1, 3, 17), widths=(1, 2, 4, 7)), st.booleans())
+def test_other_memory_and_other_widths_are_the_reference(device_backend, spec, channels_first):
+    case = spec.arguments()
+    dout, dlast = cotangents(spec.seed, case["x"], spec.state_shape)
+    expected = by_reference(case, dout, dlast)
+    if not channels_first:
+        case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    check(both(device_backend, case, dout, dlast, spec.seed), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "short", "long"),
+    [(np.float32, 1e-6, 3e-6), (np.float16, 1e-3, 3e-6), (ml_dtypes.bfloat16, 8e-3, 3e-6)],
+    ids=["float32", "float16", "bfloat16"],
+)
+@pytest.mark.parametrize("kind", ["rows", "packed rows", "lines", "any"])
+def test_shorter_types_are_computed_in_float32_and_rounded_once(device_backend, kind, dtype, short, long):
+    case, dout, dlast = drawn(1, 2, 8, 24, 3 if kind == "any" else 4, dtype, **ON)
+    case["seq_idx"] = conv_case(np.random.default_rng(2), 2, 1, 24, 1, seq_idx="padded")["seq_idx"]
+    case["seq_idx"] = case["seq_idx"] if kind == "packed rows" else None
+    expected = by_reference(case, dout, dlast)
+    if "rows" in kind:
+        case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    if kind == "any":
+        case, dout = {**case, "x": layouts(case["x"])["every second column"]}, layouts(dout)["fortran"]
+    assert family(case, dout).__name__.endswith(kind.split()[-1])
+    dtypes = [dtype, np.float32, dtype, np.float32, np.float32, np.float32]
+    tolerances = [short if d == dtype else long for d in dtypes]
+    check(both(device_backend, case, dout, dlast), expected, tolerances, dtypes, dout.astype(np.float64))
+
+
+@pytest.mark.parametrize("seq_idx", [None, "padded"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_stretches_of_time_are_joined(device_backend, monkeypatch, seq_idx, reverse):
+    """More of them than a block has, of two batch rows, the last one short."""
+    monkeypatch.setattr(conv_shares, "SHORTEST", 4)
+    seqlen = 4 * (conv_rows.THREADS // 2) - 3
+    case, dout, dlast = drawn(3, 2, 4, seqlen, 4, **ON, seq_idx=seq_idx, reverse=reverse)
+    assert conv_shares.stretches(case["x"]).lines == conv_rows.THREADS
+    expected = by_reference(case, dout, dlast)
+    case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    check(both(device_backend, case, dout, dlast), expected)
+
+
+def test_tiles_of_a_row_are_joined(device_backend):
+    """More pieces than a tile has: two tiles a row, and threads of four warps to a sum."""
+    case, dout, dlast = drawn(4, 1, 1, 2 * 2 * conv_lines.THREADS - 6, 4, **ON)
+    assert conv_shares.line_share(case["x"])[1][3:] == (conv_lines.THREADS, conv_lines.THREADS, 2)
+    check(both(device_backend, case, dout, dlast), by_reference(case, dout, dlast))
+
+
+# Laws
+
+
+@pytest.mark.parametrize("seq_idx", [None, "padded"])
+@pytest.mark.parametrize("width", [3, 4])
+def test_every_family_gives_the_same_bits(device_backend, width, seq_idx):
+    """All but dweight and dbias, whose sums over time follow the memory order, and the compiler."""
+    case, dout, dlast = drawn(5, 1, 4, 24, width, np.float32, **ON, seq_idx=seq_idx)
+    rows = both(device_backend, {**case, "x": side_by_side(case["x"])}, side_by_side(dout), dlast)
+    others = [both(device_backend, case, dout, dlast)]
+    unaligned = side_by_side(np.pad(case["x"], ((0, 0), (0, 1), (0, 0))))[:, :-1]
+    assert family({**case, "x": unaligned}, dout) is conv_any
+    others.append(both(device_backend, {**case, "x": unaligned}, side_by_side(dout), dlast))
+    for found in others:
+        assert all(same_bits(found[k], rows[k]) for k in (0, 1, 2, 5))
+        assert all(error(found[k], rows[k]) <= 3e-6 for k in (3, 4))
+
+
+@pytest.mark.parametrize("kind", ["rows", "lines", "any"])
+def test_run_after_run_and_in_any_schedule_the_bits_are_the_same(device_backend, kind):
+    case, dout, dlast = drawn(6, 1, 4, 40, 5 if kind == "any" else 4, np.float32, **ON)
+    if kind == "rows":
+        case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    assert family(case, dout).__name__.endswith(kind)
+    first = both(device_backend, case, dout, dlast)
+    for seed in (1, 2):
+        assert same_bits(both(device_backend, case, dout, dlast, seed), first)
+
+
+@pytest.mark.parametrize("kind", ["rows", "lines", "any"])
+def test_reverse_is_flip_run_flip(device_backend, kind):
+    case, dout, dlast = drawn(7, 1, 4, 12, 5 if kind == "any" else 4, np.float32, **ON)
+    place = side_by_side if kind == "rows" else np.ascontiguousarray
+    y, last, dx, *others = both(device_backend, {**case, "x": place(case["x"]), "reverse": True}, place(dout), dlast)
+    x, dout = place(case["x"][..., ::-1]), place(dout[..., ::-1])
+    y_, last_, dx_, *others_ = both(device_backend, {**case, "x": x}, dout, dlast)
+    assert same_bits((y, last, dx, *others), (y_[..., ::-1], last_, dx_[..., ::-1], *others_))
+
+
+@pytest.mark.parametrize("kind", ["rows", "lines", "any"])
+def test_nan_reaches_the_next_steps_of_its_channel_and_no_more(device_backend, kind):
+    x = np.zeros((2, 4, 12), np.float32)
+    x[1, 2, 4] = np.nan
+    weight = np.ones((4, 5 if kind == "any" else 4), np.float32)
+    x_ = side_by_side(x) if kind == "rows" else x
+    y = device_backend.call(
+        twin.forward, x_, weight, None, None, activation="silu", seq_idx=None, reverse=False, save=False
+    )[0]
+    expected = np.zeros(x.shape, bool)
+    expected[1, 2, 4 : 4 + weight.shape[1]] = True
+    assert same_bits(np.isnan(y), expected)
+
+
+def test_without_an_option_nothing_is_read_for_it(device_backend):
+    case, *_ = drawn(8, 1, 4, 8, 4)
+    case = {**case, "x": side_by_side(case["x"])}
+    found = both(device_backend, case, None, None)
+    check(found, (*reference.forward(**case), 0 * case["x"], 0 * case["weight"], None, None))
+
+
+# Memory
+
+
+def test_half_of_a_wider_array_is_read_where_it_lies(device_backend):
+    case, *_ = drawn(9, 2, 4, 6, 4)
+    with device_backend.running():
+        x = device_backend.array(side_by_side(case["x"]))
+        options = {"activation": None, "seq_idx": None, "reverse": True, "save": True}
+        y, _, saved = twin.forward(x, device_backend.array(case["weight"]), None, None, **options)
+        assert saved.prepared[0] is x or saved.prepared[0].base is x.base
+    assert y.strides[1] == y.itemsize
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state", "seq_idx", "dout", "dlast_state"])
+def test_any_memory_gives_the_same_result(device_backend, name):
+    case, dout, dlast = drawn(10, 1, 2, 5, 4, **ON, seq_idx="padded")
+    expected = by_reference(case, dout, dlast)
+    arguments = {**case, "dout": dout, "dlast_state": dlast}
+    for layout, x in layouts(arguments[name]).items():
+        if device_backend.name == "interpreter" or layout not in ("byte-swapped", "unaligned"):  # CuPy has none
+            changed = {**arguments, name: x}
+            dout_, dlast_ = changed.pop("dout"), changed.pop("dlast_state")
+            check(both(device_backend, changed, dout_, dlast_), expected)
+
+
+def test_results_follow_the_memory_order_of_x(device_backend):
+    case, dout, _ = drawn(11, 2, 5, 9, 4)
+    for x, axis in ((case["x"], 2), (side_by_side(case["x"]), 1)):
+        y, _, dx, *_ = both(device_backend, {**case, "x": x}, dout, None)
+        assert y.strides[axis] == dx.strides[axis] == 8
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 9), (2, 0, 9), (0, 0, 0)])
+@pytest.mark.parametrize("width", [1, 4])
+def test_without_steps_the_state_stays_and_the_weights_have_gradient_zero(device_backend, shape, width):
+    case, dout, dlast = drawn(12, *shape, width, **ON)
+    y, last, dx, dweight, dbias, dinitial = both(device_backend, case, dout, dlast)
+    assert (y.shape, dx.shape) == (shape, shape)
+    assert shape[2] or same_bits((last, dinitial), (case["initial_state"], dlast))
+    assert same_bits((dweight, dbias), (np.zeros_like(case["weight"]), np.zeros_like(case["bias"])))
+
+
+# One step
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("width", [1, 2, 4, 9])
+def test_step_by_step_is_the_convolution(device_backend, dtype, width):
+    case, *_ = drawn(13, 2, 5, 4, width, dtype, **ON)
+    y, last, *_ = device_backend.call(twin.forward, **{**case, "seq_idx": None, "reverse": False}, save=False)
+
+    def steps(state, xs, weight, bias):
+        return [twin.update(state, x, weight, bias, activation="silu") for x in xs], state
+
+    xs = [case["x"][..., t] for t in range(4)]
+    found, state = device_backend.call(steps, case["initial_state"], xs, case["weight"], case["bias"])
+    assert same_bits((np.stack(found, axis=-1), state), (y, last))
+
+
+@pytest.mark.parametrize("name", ["state", "x", "weight", "bias"])
+def test_any_memory_of_a_step_gives_the_same_bits(device_backend, name):
+    case, *_ = drawn(14, 3, 5, 1, 4, np.float32, **ON)
+    arguments = {"state": case["initial_state"], "x": case["x"][..., 0], "weight": case["weight"], "bias": case["bias"]}
+
+    def run(state, x, weight, bias):
+        return twin.update(state, x, weight, bias, activation="silu"), state
+
+    def fresh(x):
+        return arguments | {"state": arguments["state"].copy(), name: x}
+
+    expected = device_backend.call(run, **fresh(arguments[name].copy()))
+    for layout, x in layouts(arguments[name]).items():
+        if layout != "read-only" and (
+            device_backend.name == "interpreter" or layout not in ("byte-swapped", "unaligned")
+        ):
+            y, state = device_backend.call(run, **fresh(x))
+            assert same_bits((y, state.astype(np.float32)), expected), layout
