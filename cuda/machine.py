@@ -113,7 +113,7 @@ def machine_code(specialization: Specialization, cc: tuple[int, int]) -> tuple[s
     file = cache.file_name(f"{name}-sm{cc[0]}{cc[1]}", function, *bounds, cc)
     found = cache.read(file)
     if found is None:
-        requirements.require_compiler()
+        requirements.require_compiler(cc)
         _say_once(str(cache.folder()))
         from npmamba.cuda import compile  # Numba's CUDA compiler loads here, at the first kernel that is not kept
 

@@ -136,12 +136,22 @@ def numba_cuda() -> str:
 
 def nvvm() -> str:
     """Look for the library that compiles to PTX."""
-    return _library("nvvm", "NVVM")
+    path = _library("nvvm", "NVVM")
+    return " ".join(filter(None, (version("nvidia-nvvm") or version("nvidia-cuda-nvcc-cu12"), path)))
 
 
 def nvrtc() -> str:
     """Look for the library that knows the architectures; numba-cuda asks it."""
-    return _library("nvrtc", "NVRTC")
+    path, known = _library("nvrtc", "NVRTC"), architectures()
+    return f"sm_{known[0][0]}{known[0][1]} to sm_{known[-1][0]}{known[-1][1]} {path}"
+
+
+def architectures() -> list[tuple[int, int]]:
+    """Return the compute capabilities that can be compiled for, the oldest first."""
+    status, known = _import("cuda.bindings.nvrtc").nvrtcGetSupportedArchs()
+    if int(status):
+        raise CudaUnavailableError(f"NVIDIA's NVRTC library lists no architectures ({status!r})", _install())
+    return sorted((n // 10, n % 10) for n in known)
 
 
 def nvjitlink() -> str:
@@ -151,7 +161,7 @@ def nvjitlink() -> str:
     if found is not None and made[0] > found[0]:
         problem = f"nvJitLink is of CUDA {made[0]}.{made[1]}, and the driver supports CUDA {found[0]}.{found[1]}"
         raise CudaUnavailableError(problem, _install())
-    return f"{made[0]}.{made[1]}, {path}"
+    return f"{made[0]}.{made[1]} {path}"
 
 
 def _library(name: str, shown: str) -> str:
@@ -180,7 +190,10 @@ def require_device() -> Any:
     return _import("cupy")
 
 
-def require_compiler() -> None:
-    """Raise CudaUnavailableError if kernels cannot be compiled."""
+def require_compiler(cc: tuple[int, int] | None = None) -> None:
+    """Raise CudaUnavailableError if kernels cannot be compiled, or not for compute capability `cc`."""
     for piece in COMPILER:
         piece()
+    if cc is not None and cc not in architectures():
+        problem = f"this compiler does not know sm_{cc[0]}{cc[1]}, the architecture of the device"
+        raise CudaUnavailableError(problem, f"{_install()} --upgrade --upgrade-strategy eager")

@@ -110,29 +110,24 @@ def cores() -> int:
 def _cpu() -> list[tuple[str, ...]]:
     from npmamba.cpu import cache, runtime, simd
 
-    folder = cache.folder()
-    kept = [path.stat().st_size for path in folder.glob("*")] if folder.is_dir() else []
-    size = (
-        f"{len(kept)} files, {sum(kept) / 2**20:.1f} MiB"
-        if kept
-        else "empty, kernels are compiled at first use"
-    )
     vector = f"{simd.BYTES * 8}-bit vectors ({simd.BYTES // 4} float32 at once)"
     return [
         ("processor", GOOD, processor()),
         ("vectors", GOOD, vector),
         ("kernel threads", GOOD, str(runtime.num_threads())),
         ("BLAS", GOOD, blas()),
-        ("kernel cache", *_cache_state(folder, size)),
+        ("kernel cache", *_cache_state(cache.folder())),
     ]
 
 
-def _cache_state(folder: Path, size: str) -> tuple[str, ...]:
+def _cache_state(folder: Path) -> tuple[str, ...]:
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(nearest, os.W_OK):
         return BAD, f"{folder} cannot be written", "set NPMAMBA_CACHE_DIR to a folder of yours"
     if folder.exists() and os.name != "nt" and folder.stat().st_mode & 0o022:
         return BAD, f"{folder} can be written by others and is not used", f"chmod go-w {folder}"
+    kept = [path.stat().st_size for path in folder.glob("*")] if folder.is_dir() else []
+    size = f"{len(kept)} files, {sum(kept) / 2**20:.1f} MiB" if kept else "empty, kernels are compiled at first use"
     return GOOD, f"{folder} ({size})"
 
 
@@ -143,14 +138,16 @@ def _extras() -> list[tuple[str, ...]]:
 
 
 def _cuda() -> list[tuple[str, ...]]:
+    from npmamba.cuda import cache
     from npmamba.cuda import requirements as r
 
-    out = [_piece("driver", r.driver), _piece("cupy", r.cupy_package), _piece("numba-cuda", r.numba_cuda)]
-    if all(row[1] == GOOD for row in out[:2]):
+    out = [_piece("driver", r.driver), _piece("CuPy", r.cupy_package)]
+    if all(state == GOOD for _, state, *_ in out):
         out.append(_piece("device", r.device))
-    if out[2][1] == GOOD:
-        out += [_piece(piece.__name__, piece) for piece in r.COMPILER[1:]]
-    return out
+    out.append(_piece("numba-cuda", r.numba_cuda))
+    if out[-1][1] == GOOD:  # these come with it
+        out += [_piece("NVVM", r.nvvm), _piece("NVRTC", r.nvrtc), _piece("nvJitLink", r.nvjitlink)]
+    return [*out, ("kernel cache", *_cache_state(cache.folder()))]
 
 
 def _piece(name: str, look: Callable[[], str]) -> tuple[str, ...]:
@@ -164,10 +161,19 @@ def _piece(name: str, look: Callable[[], str]) -> tuple[str, ...]:
 
 
 def _self_test() -> list[tuple[str, ...]]:
-    out = [_scan_row("selective scan", scan_error())]
-    if any(name == "device" and state == GOOD for name, state, *_ in _cuda()):
-        out.append(_scan_row("the same on CUDA", scan_error("cupy")))
-    return out
+    return [_scan_row("selective scan", scan_error())]
+
+
+def _cuda_self_test() -> list[tuple[str, ...]]:
+    from npmamba.cuda import requirements
+
+    if not any(name == "device" and state == GOOD for name, state, *_ in _cuda()):
+        return []
+    for piece in requirements.COMPILER:
+        row = _piece("the same on CUDA", piece)
+        if row[1] != GOOD:
+            return [row]
+    return [_scan_row("the same on CUDA", scan_error("cupy"))]
 
 
 def _scan_row(name: str, error: float) -> tuple[str, ...]:
@@ -209,6 +215,7 @@ _PROBES: list[tuple[str, Callable[[], list[tuple[str, ...]]]]] = [
     ("extras", _extras),
     ("cuda", _cuda),
     ("self test", _self_test),
+    ("self test", _cuda_self_test),
 ]
 
 

@@ -212,13 +212,13 @@ def test_the_pieces_that_cuda_needs_are_named_with_their_remedies(monkeypatch):
     monkeypatch.setattr(requirements, "device", lambda: "must not be asked")
     rows = {name: rest for name, *rest in doctor._cuda()}
     assert rows["driver"] == [doctor.BAD, "the driver is old", "install a newer one"]
-    assert rows["cupy"] == [doctor.MISSING, "CuPy is not installed", "pip install it"]
+    assert rows["CuPy"] == [doctor.MISSING, "CuPy is not installed", "pip install it"]
     assert "device" not in rows
 
 
 def test_a_cache_that_others_can_write_is_named(tmp_path):
     tmp_path.chmod(0o777)
-    state, detail, remedy = doctor._cache_state(tmp_path, "")
+    state, detail, remedy = doctor._cache_state(tmp_path)
     assert state == doctor.BAD
     assert remedy == f"chmod go-w {tmp_path}"
 

@@ -319,7 +319,7 @@ def compiler(monkeypatch):
         return types.SimpleNamespace(name=f"entry_{function(None)}", code=f"{name} for {cc}".encode())
 
     monkeypatch.setattr(npmamba.cuda, "compile", types.SimpleNamespace(compile_machine=compile_machine), raising=False)
-    monkeypatch.setattr(requirements, "require_compiler", lambda: None)
+    monkeypatch.setattr(requirements, "require_compiler", lambda cc: None)
     monkeypatch.setattr("npmamba.cuda.launch.KERNELS", [])
     return asked
 
@@ -353,7 +353,7 @@ def test_kept_kernels_need_no_compiler(folder, compiler, monkeypatch):
     specialization = Kernel(_tripled, threads=32).specialize("float32", width=1)
     good = machine.machine_code(specialization, (9, 0))
 
-    def missing():
+    def missing(cc):
         raise requirements.CudaUnavailableError("numba-cuda is not installed", "install it")
 
     monkeypatch.setattr(requirements, "require_compiler", missing)

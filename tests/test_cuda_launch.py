@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from npmamba import doctor
 from npmamba.cuda import launch, machine, requirements
 from npmamba.cuda.device import Data, Long, Real, Size, Stride, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel, interpreted_by
@@ -312,6 +313,7 @@ def installed(monkeypatch):
             "numba.cuda": None,
             "cuda.pathfinder": types.SimpleNamespace(load_nvidia_dynamic_lib=load_library),
             "cuda.bindings.nvjitlink": types.SimpleNamespace(version=lambda: toolkit),
+            "cuda.bindings.nvrtc": types.SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, [90, 80, 120])),
         }
         monkeypatch.setattr(requirements, "version", versions.get)
         monkeypatch.setattr(requirements, "release", lambda: release)
@@ -403,6 +405,15 @@ def test_a_missing_piece_of_the_compiler_is_named(installed, versions, lacking, 
     assert (error.problem, error.remedy) == (problem, "pip install 'npmamba[cuda13]'")
 
 
+def test_a_device_that_the_compiler_does_not_know_is_named(installed):
+    installed(WHOLE)
+    assert requirements.architectures() == [(8, 0), (9, 0), (12, 0)]
+    requirements.require_compiler((12, 0))
+    error = refused(lambda: requirements.require_compiler((13, 0)))
+    assert error.problem == "this compiler does not know sm_130, the architecture of the device"
+    assert error.remedy == "pip install 'npmamba[cuda13]' --upgrade --upgrade-strategy eager"
+
+
 def test_a_numpy_that_is_too_new_for_numba_cuda_is_named(installed, monkeypatch):
     installed(WHOLE)
     for version in ("2.4.99", "1.26.4"):
@@ -462,6 +473,56 @@ def test_a_launch_without_a_device_says_what_is_missing(installed, monkeypatch):
     cupy.cuda.runtime.getDevice = none
     error = refused(lambda: Kernel(_axpy, threads=64).launch((1,), np.float32, ARGUMENTS, times=1))
     assert "no NVIDIA driver" in error.problem
+
+
+def rows(group: str = "cuda") -> dict[str, tuple[str, str, str]]:
+    """Return what the doctor says: state, detail and remedy by name."""
+    found = [one for one in doctor.findings() if one.group == group]
+    assert len({one.name for one in found}) == len(found)
+    return {one.name: (one.state, one.detail, one.remedy) for one in found}
+
+
+PIECES = ["driver", "CuPy", "device", "numba-cuda", "NVVM", "NVRTC", "nvJitLink", "kernel cache"]
+
+
+def test_the_doctor_names_every_piece(installed, monkeypatch):
+    installed(WHOLE)
+    monkeypatch.setattr(doctor, "scan_error", lambda library="numpy": 1e-7 if library == "numpy" else 1e-3)
+    found = rows()
+    assert list(found) == PIECES
+    assert {state for state, *_ in found.values()} == {doctor.GOOD}
+    assert found["nvJitLink"][1] == "13.0 /somewhere/libnvJitLink.so"
+    assert found["NVRTC"][1] == "sm_80 to sm_120 /somewhere/libnvrtc.so"
+    assert [state for state, *_ in rows("self test").values()] == [doctor.GOOD, doctor.BAD]
+
+
+@pytest.mark.parametrize(
+    ("versions", "release", "lacking", "row", "state"),
+    [
+        (WHOLE, None, (), "driver", doctor.MISSING),
+        (WHOLE, (11, 8), (), "driver", doctor.BAD),
+        ({}, (13, 0), (), "CuPy", doctor.MISSING),
+        (WHOLE, (12, 4), (), "CuPy", doctor.BAD),
+        ({}, (13, 0), (), "numba-cuda", doctor.MISSING),
+        ({"numba-cuda": "0.29"}, (13, 0), (), "numba-cuda", doctor.BAD),
+        (WHOLE, (13, 0), ("nvvm",), "NVVM", doctor.MISSING),
+        (WHOLE, (13, 0), ("nvrtc",), "NVRTC", doctor.MISSING),
+        (WHOLE, (13, 0), ("nvJitLink",), "nvJitLink", doctor.MISSING),
+        (WHOLE, (12, 4), (), "nvJitLink", doctor.BAD),
+    ],
+)
+def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
+    installed, monkeypatch, versions, release, lacking, row, state
+):
+    installed(versions, release, lacking)
+    monkeypatch.setattr(doctor, "scan_error", lambda library="numpy": 1e-7)
+    found = rows()
+    assert found[row][0] == state
+    assert found[row][2]
+    for name, (other, _, remedy) in found.items():
+        assert (other == doctor.GOOD) == (remedy == ""), name
+    if row in PIECES[3:] and "cupy-cuda13x" in versions and release == (13, 0):
+        assert rows("self test")["the same on CUDA"][0] == doctor.MISSING, "the kernels cannot be compiled"
 
 
 @pytest.mark.parametrize(("status", "wrapped"), [(209, True), (222, True), (2, False), (None, False)])
