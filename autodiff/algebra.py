@@ -18,7 +18,7 @@ import numpy as np
 
 from npmamba.autodiff.tape import Traced, primitive
 from npmamba.backend import array_module, twin
-from npmamba.shapes import HALF, Arguments
+from npmamba.shapes import HALF, Arguments, dtype_name
 
 
 class _Kind(NamedTuple):
@@ -43,17 +43,21 @@ def _unbroadcast(gradient: Any, kind: _Kind) -> Any:
 
 def _total(x: Any, axis: Any, keepdims: bool = False) -> Any:
     """Sum in at least single precision, and round once."""
-    if x.dtype.name in HALF:
+    if dtype_name(x.dtype) in HALF:
         return x.sum(axis=axis, keepdims=keepdims, dtype=np.float32).astype(x.dtype)
     return x.sum(axis=axis, keepdims=keepdims)
 
 
 def _product(x: Any, y: Any) -> Any:
-    """Return ``x @ y``; NumPy has no half-precision product worth using, so it gets single precision."""
+    """Return ``x @ y``; NumPy has no half-precision product worth using, so it gets single precision.
+
+    CuPy's sums of half-precision and float32 products are float32 (no TF32, unless the environment has CUPY_TF32=1).
+    """
     if isinstance(x, np.ndarray) and x.dtype == y.dtype:
-        if x.dtype.name in HALF:
+        name = dtype_name(x.dtype)
+        if name in HALF:
             return (x.astype(np.float32) @ y.astype(np.float32)).astype(x.dtype)
-        if x.ndim == y.ndim == 2 and x.dtype.name in ("float32", "float64") and x.dtype.isnative and y.dtype.isnative:
+        if x.ndim == y.ndim == 2 and name in ("float32", "float64") and x.dtype.isnative and y.dtype.isnative:
             return twin("matmul", x).matmul(x, y)
     return x @ y
 

@@ -135,6 +135,12 @@ def _like(tree: Any, leaves: list[Any]) -> Any:
 
 def _check_libraries(name: str, paths: list[str], **columns: list[Any]) -> Any:
     """Return the library of all arrays; a TypeError names two that are not of one."""
+    arrays = [x for column in columns.values() for x in column if x is not None]
+    kinds = {type(x) for x in arrays}
+    if kinds == {np.ndarray}:
+        return np
+    if len(kinds) == 1 and len({x.data.device_id for x in arrays}) == 1:  # as it should be: one stands for all
+        return array_module(name, **{next(iter(columns)): arrays[0]})
     named = {f"{what}[{path!r}]": x for what, column in columns.items() for path, x in zip(paths, column, strict=True)}
     return array_module(name, **named)
 
