@@ -1,0 +1,209 @@
+"""The parts of the CUDA selective scan that forward and backward share: who owns what, and how a tile comes and goes.
+
+A channel's states are split over `lanes` neighbouring lanes of a warp, `states` to each, and so is the work that
+belongs to a time step alone: by turns each lane prepares a step of the tile (softplus, delta u) and finishes one (gate,
+store). A block owns ``THREADS / lanes`` channels and walks through time in tiles; the next tile is on its way from
+memory while this one is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npmamba.cuda.device import copy_async, cuda, load, load2, load4, load8, shift, store, store2, store4, store8
+from npmamba.scalar import cast, select
+
+uint32, int64 = np.uint32, np.int64
+THREADS = 128
+LINE = 16
+"""Bytes of the widest access; rows of a tile in shared memory begin at multiples of it."""
+LOG2E = 1.4426950408889634
+
+SOFTPLUS, SKIP, BIAS, ENTERING = 1, 2, 4, 8
+"""Bits of a kernel's `flags`: what is asked for, and which optional arguments are there."""
+
+
+class Shape(NamedTuple):
+    """How the states of a channel and the steps of a tile are divided."""
+
+    dstate: int
+    states: int
+    """States of a lane."""
+    lanes: int
+    """Lanes of a channel."""
+    steps: int
+    """Steps of a tile."""
+
+    @property
+    def padded(self) -> int:
+        """States of a channel with those that only fill up the last lane."""
+        return self.states * self.lanes
+
+    @property
+    def owners(self) -> int:
+        """Lanes of a channel that own steps."""
+        return min(self.lanes, self.steps)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return THREADS // self.lanes
+
+
+class Tile(NamedTuple):
+    """How a tile of one array lies in shared memory, and how it is copied there."""
+
+    rows: int
+    length: int
+    pitch: int
+    step: int
+    """Elements from one step to the next."""
+    channel: int
+    """Elements from one channel to the next."""
+    size: int
+    """Elements of the whole tile."""
+
+
+def tile_of(shape: Shape, itemsize: int, by_channel: bool) -> Tile:
+    """Return the tile for arrays whose rows in memory are steps, or, with `by_channel`, channels."""
+    rows, length = (shape.channels, shape.steps) if by_channel else (shape.steps, shape.channels)
+    pitch = _pitch(length, shape.owners, itemsize, by_channel)
+    return Tile(rows, length, pitch, *((1, pitch) if by_channel else (pitch, 1)), rows * pitch)
+
+
+def _collisions(pitch: int, lanes: int, size: int, by_channel: bool) -> int:
+    """Return how many passes a warp needs to read a step of each lane and a channel of each group of lanes."""
+    banks: dict[int, set[int]] = {}
+    for lane in range(32):
+        step, channel = lane % lanes, lane // lanes
+        word = (channel * pitch + step if by_channel else step * pitch + channel) * size // 4
+        banks.setdefault(word % 32, set()).add(word)
+    return max(len(words) for words in banks.values())
+
+
+@functools.cache
+def _pitch(length: int, lanes: int, size: int, by_channel: bool) -> int:
+    """Return the elements from one row of `length` to the next, so that few threads meet at a bank."""
+    unit = LINE // size
+    first = -(-length // unit) * unit
+    return min(range(first, first + 4 * LINE, unit), key=lambda p: (_collisions(p, lanes, size, by_channel), p))
+
+
+# --- numbers of a lane and of a channel ---
+
+
+def make_decay_rate(real: np.dtype) -> Any:
+    """Build A log2(e), without minus infinity: its product with delta = 0 must be 0."""
+    lowest = float(np.finfo(real).min)
+
+    def decay_rate(a):
+        rate = a * cast(LOG2E, a)
+        return select(rate < cast(lowest, rate), cast(lowest, rate), rate)
+
+    return decay_rate
+
+
+def make_scatter_sum(lanes: int, owners: int) -> Any:
+    """Build the sum over the lanes of a channel of `owners` numbers each; lane i receives the sum of the i-th."""
+    if lanes > owners:
+        inner = make_scatter_sum(lanes // 2, owners)
+
+        def fold(numbers, lane):
+            for i in range(owners):
+                numbers[i] += cuda.shfl_xor_sync(-1, numbers[i], lanes // 2)
+            return inner(numbers, lane)
+
+        return fold
+    if lanes == 1:
+        return _only
+    half = lanes // 2
+    rest = make_scatter_sum(half, half)
+
+    def halve(numbers, lane):
+        upper = (lane & uint32(half)) != uint32(0)
+        for i in range(half):
+            low, high = numbers[i], numbers[i + half]
+            kept = select(upper, high, low)
+            numbers[i] = kept + cuda.shfl_xor_sync(-1, select(upper, low, high), half)
+        return rest(numbers, lane)
+
+    return halve
+
+
+def _only(numbers, lane):
+    return numbers[0]
+
+
+def make_lane_sum(lanes: int) -> Any:
+    """Build the sum of one number over the lanes of a channel, to all of them."""
+    rounds = lanes.bit_length() - 1
+
+    def lane_sum(x):
+        for r in range(rounds):
+            x += cuda.shfl_xor_sync(-1, x, 1 << r)
+        return x
+
+    return lane_sum
+
+
+def _load1(p, i):
+    return (load(p, i),)
+
+
+def _store1(p, i, values):
+    store(p, i, values[0])
+
+
+LOAD_STATES = {1: _load1, 2: load2, 4: load4, 8: load8}
+STORE_STATES = {1: _store1, 2: store2, 4: store4, 8: store8}
+"""A lane's states, neighbours in memory, as a tuple."""
+
+
+# --- tiles ---
+
+
+def make_copy(rows: int, length: int, pitch: int, size: int, wide: bool) -> tuple[Any, Any]:
+    """Build the copy of `rows` rows of `length` neighbours from global memory to rows `pitch` apart in shared memory.
+
+    With `wide` the copies are asynchronous and 16 bytes each, which needs aligned rows whose length is a multiple of
+    that; else neighbours may lie `stride` apart. ``begin(p, row_stride, stride, thread)`` returns the pointer to a
+    thread's own first piece, which moves with the tile; ``copy(shared, at, p, row_stride, stride, rows_left, left,
+    thread, zero)`` brings the tile, with zeros for what lies beyond the rows and places that are left.
+    """
+    unit = LINE // size if wide else 1
+    pieces = length // unit
+    rounds = -(-rows * pieces // THREADS)
+    exact = rounds * THREADS == rows * pieces
+    even = THREADS % pieces == 0
+
+    def begin(p, row_stride, stride, thread):
+        row, place = thread // uint32(pieces), thread % uint32(pieces)
+        if wide:
+            return shift(p, int64(row) * row_stride + int64(uint32(place * uint32(unit))))
+        return shift(p, int64(row) * row_stride + int64(place) * stride)
+
+    def copy(shared, at, p, row_stride, stride, rows_left, left, thread, zero):
+        own_row, own_place = thread // uint32(pieces), thread % uint32(pieces)
+        for r in range(rounds):
+            i = uint32(thread + uint32(r * THREADS))
+            row, place = i // uint32(pieces), i % uint32(pieces)
+            if even:  # the same place of a row that is a constant number of rows further
+                offset = int64(r * THREADS // pieces) * row_stride
+            elif wide:
+                offset = (int64(row) - int64(own_row)) * row_stride + (int64(place) - int64(own_place)) * int64(unit)
+            else:
+                offset = (int64(row) - int64(own_row)) * row_stride + (int64(place) - int64(own_place)) * stride
+            if exact or i < uint32(rows * pieces):
+                there = row < rows_left and uint32(place * uint32(unit)) < left
+                to = at + row * uint32(pitch) + place * uint32(unit)
+                if wide:
+                    copy_async(shared, to, p, offset, there)
+                elif there:
+                    store(shared, to, load(p, offset))
+                else:
+                    store(shared, to, zero)
+
+    return begin, copy

@@ -1,0 +1,437 @@
+"""CUDA twin of `npmamba.ops.selective_scan`: which kernels run, on what, in what order.
+
+The kernels stand in `scan_forward` and `scan_backward`, how they divide the work in `scan_tile`. Here the caller's
+arrays become pointers and strides; nothing is copied whose memory the kernels can walk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npmamba.cuda.arrays import aligned, empty, library, strides, zeros
+from npmamba.cuda.launch import wide_dtype
+from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
+from npmamba.cuda.scan_forward import CARRY, FORWARD
+from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape
+from npmamba.cuda.schedule import step_flags
+
+
+@functools.cache
+def _division(dstate: int, itemsize: int, *, backward: bool = False) -> Shape:
+    """Return how a channel's states are divided over lanes, and the longest tile whose parts fit shared memory."""
+    if dstate > 128:
+        states, lanes = 8, 32
+    elif dstate > 4:
+        states, lanes = 4, 1 << (-(-dstate // 4) - 1).bit_length()
+    else:
+        states, lanes = 1 << (dstate - 1).bit_length(), 1
+    wide = max(4, itemsize)
+    padded, channels, steps = states * lanes, THREADS // lanes, 16 if backward else 32
+    while True:
+        rows = 2 * (4 if backward else 3) * steps * (channels + 8) * itemsize
+        maps = 4 * steps * padded * (itemsize if itemsize > 2 else itemsize + 4)
+        own = channels * (4 if backward else 2) * (steps + 2) * wide
+        parts = steps * 8 * padded * wide if backward else 0
+        if steps == 1 or rows + maps + own + parts <= 47 * 1024:
+            return Shape(dstate, states, lanes, steps)
+        steps //= 2
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs: the arguments, and the state before each of its tiles."""
+
+    arguments: tuple[Any, ...]
+    work: Work
+    checkpoints: Any
+
+
+class Work(NamedTuple):
+    """The arguments as the kernels want them, and how the work is cut."""
+
+    u: Any
+    delta: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    z: Any
+    bias: Any
+    marks: Any
+    constants: dict[str, bool]
+    by_channel: bool
+    groups: int
+    flags: int
+    reverse: bool
+
+
+def _rows(x: Any, reverse: bool) -> tuple[Any, tuple[int, int, int]]:
+    """Return an array over (batch, dim, seqlen) in the order of the scan, and its strides of batch, step, channel."""
+    x = x[:, :, ::-1] if reverse else x
+    batch, channel, step = strides(x)
+    return x, (batch, step, channel)
+
+
+def _is_by_channel(x: Any) -> bool:
+    return x.strides[1] != x.itemsize and abs(x.strides[2]) == x.itemsize
+
+
+def _walkable(x: Any, by_channel: bool) -> Any:
+    """Return `x`, or a copy where its neighbours in memory are neither channels nor steps, or not its own elements."""
+    xp = library(x)
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    if x.strides[2 if by_channel else 1] == x.itemsize and all(s % x.itemsize == 0 for s in x.strides):
+        return x
+    return xp.ascontiguousarray(x) if by_channel else xp.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _is_wide(x: Any, by_channel: bool, unit_of: int, reverse: bool) -> bool:
+    """Tell whether 16 bytes at a time can be read of rows that are cut at multiples of `unit_of` elements."""
+    along = x if by_channel else x.swapaxes(1, 2)
+    if by_channel and reverse:
+        return False
+    return unit_of * x.itemsize % 16 == 0 and aligned(along)
+
+
+def _map(M: Any, shape: tuple[int, int, int], groups: int) -> Any:
+    """Return a map as (batch, groups, seqlen, dstate) with neighbouring states, or a constant one as it is."""
+    if M.ndim == 2:
+        return library(M).ascontiguousarray(M)
+    steps = (M if M.ndim == 4 else M[:, None]).swapaxes(2, 3)
+    if steps.strides[3] != steps.itemsize or not steps.dtype.isnative:
+        steps = library(M).ascontiguousarray(steps.astype(steps.dtype.newbyteorder("="), copy=False))
+    return steps
+
+
+def _plain(x: Any, dtype: Any) -> Any:
+    return None if x is None else library(x).ascontiguousarray(x, dtype)
+
+
+def _prepare(
+    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, *,
+    softplus: bool, zoh: bool, seq_idx: Any, reverse: bool,
+) -> Work:  # fmt: skip
+    wide = wide_dtype(u.dtype)
+    by_channel = _is_by_channel(u)
+    groups = max(M.shape[1] if M.ndim == 4 else 1 for M in (B, C))
+    u, delta, z = (None if x is None else _walkable(x, by_channel) for x in (u, delta, z))
+    B, C = (_map(M, u.shape, groups) for M in (B, C))
+    marks = None if seq_idx is None else step_flags(seq_idx, reverse)
+    constants = {
+        "gated": z is not None,
+        "zoh": zoh,
+        "packed": marks is not None,
+        "constant_B": B.ndim == 2,
+        "constant_C": C.ndim == 2,
+    }
+    flags = softplus * SOFTPLUS | (D is not None) * SKIP | (bias is not None) * BIAS
+    return Work(
+        u, delta, _plain(A, wide), B, C, _plain(D, wide), z, _plain(bias, wide), marks, constants, by_channel, groups,
+        flags, reverse,
+    )  # fmt: skip
+
+
+def _blocks(work: Work, shape: Shape) -> int:
+    return work.groups * -(-(work.u.shape[1] // work.groups) // shape.channels)
+
+
+def _layout(work: Work, shape: Shape, itemsize: int, *arrays: Any) -> dict[str, bool]:
+    """Return the constants that tell how the kernels may read: rows that are steps or channels, and how wide."""
+    group_dim = work.u.shape[1] // work.groups
+    cut = work.u.shape[2] if work.by_channel else group_dim
+    if work.by_channel:
+        cut = int(np.gcd(cut, shape.steps))
+    wide = all(_is_wide(x, work.by_channel, cut, work.reverse) for x in arrays if x is not None)
+    maps = [M for M in (work.B, work.C) if M.ndim == 4]
+    wide_maps = shape.dstate == shape.padded and shape.padded * itemsize % 16 == 0 and all(map(aligned, maps))
+    return {"by_channel": work.by_channel, "wide": wide, "wide_maps": wide_maps}
+
+
+def _map_strides(M: Any, reverse: bool) -> tuple[Any, tuple[int, int, int]]:
+    if M.ndim == 2:
+        return M, (0, 0, 0)
+    M = M[:, :, ::-1] if reverse else M
+    batch, group, step, _ = strides(M)
+    return M, (batch, group if M.shape[1] > 1 else 0, step)
+
+
+def _marks(work: Work, reverse: bool) -> tuple[Any, int]:
+    """Return the flags of the steps, which are in the order of the scan, in the direction asked for."""
+    if work.marks is None:
+        return None, 0
+    return (work.marks[:, ::-1], -1) if reverse != work.reverse else (work.marks, 1)
+
+
+@functools.cache
+def _multiprocessors(cupy: Any, device: int) -> int:
+    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+WARPS_PER_MULTIPROCESSOR = 12
+SHORTEST = 8
+"""Tiles of the shortest segment: below, handing states on costs more than it brings."""
+
+
+def _segments(work: Work, shape: Shape, unit: int) -> tuple[int, int]:
+    """Return how long the segments of time are and how many: enough of them to fill the device."""
+    batch, _, seqlen = work.u.shape
+    xp = library(work.u)
+    processors = _multiprocessors(xp, work.u.device.id) if xp is not np else 1
+    wanted = WARPS_PER_MULTIPROCESSOR * processors * 32 // THREADS
+    count = min(wanted // max(1, batch * _blocks(work, shape)), seqlen // (SHORTEST * unit))
+    if count <= 1:
+        return max(seqlen, 1), 1
+    length = math.ceil(seqlen / count / unit) * unit
+    return length, -(-seqlen // length)
+
+
+def _grid(work: Work, shape: Shape, segments: int) -> tuple[int]:
+    return (_blocks(work, shape) * segments * work.u.shape[0],)
+
+
+def _scan(
+    work: Work, shape: Shape, reverse: bool, arrays: tuple[Any, Any, Any], outputs: tuple[Any, ...],
+    length: int, segments: int, flags: int, *, B: Any, C: Any, entering: Any, lead: int = 0, **constants: Any,
+) -> None:  # fmt: skip
+    """Launch FORWARD over (u, delta, z), or what stands in their place, in the direction asked for."""
+    dtype = work.u.dtype
+    layout = _layout(work, shape, dtype.itemsize, *arrays)
+    (u, u_strides), (delta, delta_strides) = (_rows(x, reverse) for x in arrays[:2])
+    z, z_strides = (None, (0, 0, 0)) if arrays[2] is None else _rows(arrays[2], reverse)
+    y, last, checkpoints, sums = outputs
+    y, y_strides = (None, (0, 0, 0)) if y is None else _rows(y, reverse)
+    B, B_strides = _map_strides(B, reverse)
+    C, C_strides = _map_strides(C, reverse)
+    marks, marks_step = _marks(work, reverse)
+    batch, dim, seqlen = u.shape
+    FORWARD.launch(
+        _grid(work, shape, segments), dtype,
+        (
+            u, delta, work.A, B, C, work.D, z, work.bias, entering, marks, y, last, checkpoints, sums,
+            *u_strides, *delta_strides, *z_strides, *y_strides, *B_strides, *C_strides, marks_step,
+            dim, seqlen, length, segments, lead, _blocks(work, shape), work.groups,
+            flags | (entering is not None) * ENTERING,
+        ),
+        shape=tuple(shape), **layout, **constants,
+    )  # fmt: skip
+
+
+def _carry(work: Work, shape: Shape, initial: Any, states: Any, sums: Any, segments: int) -> Any:
+    """Return the state that enters every segment, (batch, segments, dim, padded)."""
+    batch, dim, _ = work.u.shape
+    entering = empty(work.u, states.shape, states.dtype)
+    total = batch * dim * shape.padded
+    CARRY.launch(
+        (-(-total // THREADS),), work.u.dtype,
+        (work.A, initial, states, sums, entering, shape.dstate, dim, segments, total, initial is not None),
+        padded=shape.padded,
+    )  # fmt: skip
+    return entering
+
+
+def _pad(state: Any, shape: Shape) -> Any:
+    """Return a (batch, dim, dstate) state with as many states as the lanes hold."""
+    if state is None or shape.padded == shape.dstate:
+        return state
+    padded = zeros(state, (*state.shape[:2], shape.padded), state.dtype)
+    padded[..., : shape.dstate] = state
+    return padded
+
+
+def forward(
+    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, initial_state: Any, *,
+    delta_softplus: bool, discretization: str, seq_idx: Any, reverse: bool, precise: bool, save: bool,
+) -> tuple[Any, Any, Saved | None]:  # fmt: skip
+    """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked."""
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if precise:
+        u, delta, A, B, C, D, z, delta_bias, initial_state = (
+            None if x is None else x.astype(np.float64) for x in given
+        )
+    dtype, (batch, dim, seqlen), dstate = u.dtype.newbyteorder("="), u.shape, A.shape[1]
+    wide = wide_dtype(dtype)
+    work = _prepare(
+        u, delta, A, B, C, D, z, delta_bias, softplus=bool(delta_softplus), zoh=discretization == "zoh",
+        seq_idx=seq_idx, reverse=reverse,
+    )  # fmt: skip
+    shape, back = _division(dstate, dtype.itemsize), _division(dstate, dtype.itemsize, backward=True)
+    y = _like(work, dtype)
+    last = empty(u, (batch, dim, dstate), wide)
+    initial = _plain(initial_state, wide)
+    checkpoints = empty(u, (batch, -(-seqlen // back.steps), dim, back.padded) if save else (0, 0, 0, 0), wide)
+    if u.size == 0:
+        last[...] = 0 if initial is None else initial
+    else:
+        length, segments = _segments(work, shape, max(shape.steps, back.steps))
+        if segments > 1:
+            entering = _entering(work, shape, reverse, length, segments, initial)
+        else:
+            entering = _pad(initial, shape)
+        _scan(
+            work, shape, reverse, (work.u, work.delta, work.z), (y, last, checkpoints, None), length, segments,
+            work.flags, B=work.B, C=work.C, entering=entering, interval=back.steps if save else 0, **work.constants,
+        )  # fmt: skip
+    if precise:
+        y, last = y.astype(given[0].dtype), last.astype(wide_dtype(given[0].dtype))
+    return y, last, Saved(given, work, checkpoints) if save else None
+
+
+def _like(work: Work, dtype: Any) -> Any:
+    """Allocate a result over (batch, dim, seqlen) in the memory order of u."""
+    batch, dim, seqlen = work.u.shape
+    if work.by_channel:
+        return empty(work.u, (batch, dim, seqlen), dtype)
+    return empty(work.u, (batch, seqlen, dim), dtype).swapaxes(1, 2)
+
+
+def _entering(work: Work, shape: Shape, reverse: bool, length: int, segments: int, initial: Any) -> Any:
+    batch, dim, _ = work.u.shape
+    wide = wide_dtype(work.u.dtype)
+    states = empty(work.u, (batch, segments, dim, shape.padded), wide)
+    sums = empty(work.u, (batch, segments, dim), wide)
+    constants = work.constants | {"gated": False}
+    _scan(
+        work, shape, reverse, (work.u, work.delta, None), (None, states, None, sums), length, segments, work.flags,
+        B=work.B, C=work.C, entering=None, ends=True, **constants,
+    )  # fmt: skip
+    return _carry(work, shape, initial, states, sums, segments)
+
+
+def _entering_back(
+    work: Work, shape: Shape, reverse: bool, length: int, segments: int, dout: Any, dlast: Any
+) -> Any:
+    """Return the gradient of the state after every segment, in the order in which time is walked back."""
+    batch, dim, seqlen = work.u.shape
+    wide = wide_dtype(work.u.dtype)
+    states = empty(work.u, (batch, segments, dim, shape.padded), wide)
+    sums = empty(work.u, (batch, segments, dim), wide)
+    constants = work.constants | {"zoh": False, "constant_B": work.constants["constant_C"]}
+    _scan(
+        work, shape, not reverse, (dout, work.delta, work.z), (None, states, None, sums), length, segments,
+        work.flags, B=work.C, C=work.C, entering=None, lead=segments * length - seqlen, ends=True, adjoint=True,
+        **constants,
+    )  # fmt: skip
+    return _carry(work, shape, dlast, states, sums, segments)
+
+
+def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, None where one was not given."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = saved.arguments
+    work, dtype = saved.work, saved.work.u.dtype
+    wide, (batch, dim, seqlen), dstate = wide_dtype(dtype), u.shape, A.shape[1]
+    shape, ends = _division(dstate, dtype.itemsize, backward=True), _division(dstate, dtype.itemsize)
+    if dout is None:
+        dout = _like(work, dtype)
+        dout[...] = 0
+    dout = _walkable(dout.astype(dtype, copy=False), work.by_channel)
+    dlast = _plain(dlast_state, wide)
+    du, ddelta = _like(work, dtype), _like(work, dtype)
+    dz = None if z is None else _like(work, dtype)
+    dinitial = empty(u, (batch, dim, dstate), wide)
+    if u.size == 0:
+        return _nothing_flows(saved, du, ddelta, dz, dlast)
+    length, segments = _segments(work, shape, max(shape.steps, ends.steps))
+    if segments > 1:
+        entering = _entering_back(work, ends, work.reverse, length, segments, dout, dlast)
+    else:
+        entering = _pad(dlast, shape)
+    blocks, padded = _blocks(work, shape), shape.padded
+    constant_B, constant_C = work.constants["constant_B"], work.constants["constant_C"]
+    map_parts = empty(u, (blocks, batch * seqlen, 2, padded) if not (constant_B and constant_C) else (0,), wide)
+    A_parts = empty(u, (batch * segments, dim, padded), wide)
+    factor_parts = empty(u, (2, batch * segments, dim, padded) if constant_B or constant_C else (0,), wide)
+    channel_parts = empty(u, (2, batch * segments, dim), wide)
+    layout = _layout(work, shape, dtype.itemsize, work.u, work.delta, work.z, dout)
+    in_order = [_rows(x, work.reverse) if x is not None else (None, (0, 0, 0)) for x in (
+        work.u, work.delta, work.z, dout, du, ddelta, dz)]  # fmt: skip
+    (B_at, B_strides), (C_at, C_strides) = (_map_strides(M, work.reverse) for M in (work.B, work.C))
+    marks, marks_step = _marks(work, work.reverse)
+    pointers = [x for x, _ in in_order]
+    BACKWARD.launch(
+        _grid(work, shape, segments), dtype,
+        (
+            pointers[0], pointers[1], work.A, B_at, C_at, work.D, pointers[2], work.bias, pointers[3], entering, marks,
+            saved.checkpoints, pointers[4], pointers[5], pointers[6], dinitial, map_parts, A_parts, factor_parts,
+            channel_parts, *(s for _, three in in_order for s in three), *B_strides, *C_strides, marks_step,
+            batch, dim, seqlen, length, segments, blocks, work.groups,
+            work.flags | (entering is not None) * ENTERING,
+        ),
+        shape=tuple(shape), **layout, **work.constants,
+    )  # fmt: skip
+    dA = _sum(A_parts[None], (dim, dstate), wide, padded, dstate)
+    factors = [
+        _sum(factor_parts[k : k + 1], (dim, dstate), dtype, padded, dstate) if constant else None
+        for k, constant in enumerate((constant_B, constant_C))
+    ]
+    dD, dbias = _sum(channel_parts, (2, dim), wide, dim, dim)
+    dB = dC = None
+    if map_parts.size:
+        dB, dC = _sum_maps(work, shape, map_parts, blocks)
+    original = _own_dtype(u)
+    gradients = (
+        du,
+        ddelta,
+        dA,
+        factors[0] if constant_B else _map_gradient(dB, B, work.reverse),
+        factors[1] if constant_C else _map_gradient(dC, C, work.reverse),
+        None if D is None else dD,
+        dz,
+        None if delta_bias is None else dbias,
+        None if initial_state is None else dinitial,
+    )
+    if original != dtype:  # `precise` computed in float64
+        wanted = [_own_dtype(x) for x in saved.arguments if x is not None]
+        dtypes = iter(wanted)
+        gradients = tuple(None if q is None else q.astype(next(dtypes)) for q in gradients)
+    return gradients
+
+
+def _own_dtype(x: Any) -> Any:
+    """Return the native form of an argument's dtype: a gradient's dtype."""
+    return x.dtype.newbyteorder("=")
+
+
+def _nothing_flows(saved: Saved, du: Any, ddelta: Any, dz: Any, dlast: Any) -> tuple[Any, ...]:
+    """Return the gradients of a scan over no steps or no channels."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = saved.arguments
+    none = [None if x is None else zeros(u, x.shape, _own_dtype(x)) for x in (A, B, C, D, delta_bias, initial_state)]
+    if initial_state is not None and dlast is not None:
+        none[5][...] = dlast
+    dA, dB, dC, dD, dbias, dinitial = none
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _sum(parts: Any, shape: tuple[int, ...], dtype: Any, padded: int, width: int) -> Any:
+    """Sum parts (outer, rows, ...) over the rows, in a fixed order; of `padded` numbers the first `width` are kept."""
+    out = empty(parts, shape, dtype)
+    outer, rows = parts.shape[:2]
+    columns = parts[0, 0].size
+    SUM_PARTS.launch((-(-columns // COLUMNS), outer), dtype, (parts, out, rows, columns, padded, width))
+    return out
+
+
+def _sum_maps(work: Work, shape: Shape, parts: Any, blocks: int) -> tuple[Any, Any]:
+    """Return dB and dC, (batch, groups, seqlen, dstate), from the parts of the blocks."""
+    batch, _, seqlen = work.u.shape
+    out = [empty(work.u, (batch, work.groups, seqlen, shape.dstate), work.u.dtype) for _ in "BC"]
+    grid = (-(-batch * seqlen * 2 * shape.padded // MAP_THREADS), work.groups)
+    SUM_MAPS.launch(
+        grid, work.u.dtype,
+        (parts, *out, blocks // work.groups, batch * seqlen, seqlen, shape.padded, shape.dstate),
+    )  # fmt: skip
+    return out[0], out[1]
+
+
+def _map_gradient(dM: Any, M: Any, reverse: bool) -> Any:
+    """Return the gradient of a map in its shape: of each group's own, or, of one for all, summed over the groups."""
+    if reverse:
+        dM = dM[:, :, ::-1]
+    if M.ndim == 4 and M.shape[1] == dM.shape[1]:
+        return dM.swapaxes(2, 3)
+    dM = dM[:, 0] if dM.shape[1] == 1 else dM.sum(axis=1, dtype=wide_dtype(dM.dtype)).astype(dM.dtype)
+    dM = dM.swapaxes(1, 2)
+    return dM[:, None] if M.ndim == 4 else dM
