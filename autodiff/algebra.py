@@ -165,6 +165,25 @@ def exp_vjp(dout: Any, out: Any) -> Any:
 
 
 @primitive
+def _astype(x: Any, *, dtype: Any) -> Any:
+    return x.astype(dtype), x.dtype
+
+
+@_astype.vjp
+def _astype_vjp(dout: Any, dtype: Any) -> Any:
+    return (dout.astype(dtype),)
+
+
+def astype(x: Any, dtype: Any) -> Any:
+    """Return `x` in another floating dtype: `x` itself if it has that one.
+
+    >>> astype(np.array([1.0]), np.float32)
+    array([1.], dtype=float32)
+    """
+    return x if x.dtype == dtype else _astype(x, dtype=dtype)
+
+
+@primitive
 def matmul(x: Any, y: Any) -> Any:
     """Return ``x @ y``: x ``(..., m, k)`` or ``(k,)``, y ``(..., k, n)`` or ``(k,)``.
 

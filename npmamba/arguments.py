@@ -116,3 +116,5 @@ def _add_generate(commands: Any) -> None:
     add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
     backend = TrainConfig.__dataclass_fields__["backend"].metadata
     add("--backend", choices=backend["choices"], default="numpy", help=backend["help"] + " (default: numpy)")
+    kinds = ("float16", "bfloat16", "float32", "float64")
+    add("--dtype", choices=kinds, help="type of weights; the half types are for GPUs (default: as stored)")

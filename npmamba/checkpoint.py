@@ -29,6 +29,8 @@ __all__ = [
 
 # These enter the scan as A, D and delta_bias, which stay float32 beside half-precision activations.
 KEPT_FLOAT32 = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias")
+# What the operations take in float32 beside half-precision activations.
+RUN_IN_FLOAT32 = (*KEPT_FLOAT32, "norm.weight", "norm_f.weight", "conv1d.weight", "conv1d.bias")
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _CONVERT = """python -c "import torch, safetensors.torch as s
 w = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True)
@@ -241,6 +243,17 @@ def _cast(key: str, array: Any, dtype: Any) -> Any:
     if wanted.itemsize < array.dtype.itemsize and (np.isinf(cast) & ~np.isinf(array)).any():
         raise ValueError(f"{key} has values beyond the largest {wanted}; use bfloat16 or float32")
     return cast
+
+
+def in_half(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Return float32 parameters as a model in half precision runs with them: matrices and biases in `dtype`.
+
+    Raises
+    ------
+    ValueError
+        If a value is too large for `dtype`.
+    """
+    return {key: x if key.endswith(RUN_IN_FLOAT32) else _cast(key, x, dtype) for key, x in params.items()}
 
 
 def _float_dtype(dtype: Any) -> np.dtype:

@@ -127,7 +127,7 @@ def _generate(args: argparse.Namespace) -> int:
     from npmamba.streaming import load_vocabulary, pieces
 
     with shown():
-        model = MambaLM.from_pretrained(args.checkpoint, backend=args.backend)
+        model = MambaLM.from_pretrained(args.checkpoint, backend=args.backend, dtype=args.dtype)
         vocabulary = load_vocabulary(args.checkpoint)
         ids, eos = vocabulary.encode(args.prompt)[None], model.config.eos_token_id
         options = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npmamba.autodiff import value_and_grad
-from npmamba.autodiff.algebra import dropout, linear
+from npmamba.autodiff.algebra import astype, dropout, linear
 from npmamba.backend import array_module
 from npmamba.block import BlockState, mamba_block, mamba_block_step
 from npmamba.config import MambaConfig
@@ -22,6 +22,7 @@ from npmamba.initialize import init_params
 from npmamba.ops.cross_entropy import cross_entropy
 from npmamba.ops.embedding import embedding
 from npmamba.ops.rms_norm import rms_norm
+from npmamba.shapes import FLOATS, HALF, compute_dtype
 
 __all__ = ["MambaLM", "init_params", "init_state", "logits", "loss", "next_token_labels", "prefill", "step"]
 
@@ -37,10 +38,6 @@ def _layers(params: Params, config: MambaConfig) -> list[dict[str, Any]]:
 
 def _mixer(layer: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("mixer."): p for name, p in layer.items() if name.startswith("mixer.")}
-
-
-def _head(params: Params, config: MambaConfig) -> Any:
-    return params["backbone.embeddings.weight" if config.tie_embeddings else "lm_head.weight"]
 
 
 def _hidden(
@@ -73,10 +70,22 @@ def _hidden(
 
 
 def _add_norm(hidden: Any, residual: Any, weight: Any, config: MambaConfig) -> tuple[Any, Any]:
-    """Add the block's output to the stream and normalize the sum: one pass over memory."""
+    """Add the block's output to the stream and normalize the sum: one pass over memory.
+
+    In half precision the stream, a sum over all layers, is float32 if the configuration says so, as it mostly does.
+    """
+    dtype = hidden.dtype
     if residual is None:
-        return rms_norm(hidden, weight, eps=config.norm_eps), hidden
-    return rms_norm(hidden, weight, eps=config.norm_eps, residual=residual)
+        stream = astype(hidden, compute_dtype(dtype)) if config.residual_in_fp32 else hidden
+        return rms_norm(hidden, weight, eps=config.norm_eps), stream
+    normed, stream = rms_norm(astype(hidden, residual.dtype), weight, eps=config.norm_eps, residual=residual)
+    return astype(normed, dtype), stream
+
+
+def _scores(hidden: Any, params: Params, config: MambaConfig) -> Any:
+    """Return the logits of normalized last hidden values, float32 at least."""
+    head = params["backbone.embeddings.weight" if config.tie_embeddings else "lm_head.weight"]
+    return astype(linear(hidden, head), compute_dtype(hidden.dtype))
 
 
 def _check_ids(name: str, input_ids: Any, ndim: int) -> None:
@@ -119,7 +128,7 @@ def logits(
     Returns
     -------
     array (batch, seqlen, vocab)
-        The vocabulary's `padded_vocab_size` scores, in the dtype of the parameters.
+        The vocabulary's `padded_vocab_size` scores: float64 for float64 parameters, else float32.
 
     Raises
     ------
@@ -128,7 +137,7 @@ def logits(
     """
     _check_ids("input_ids", input_ids, 2)
     hidden, _ = _hidden(params, config, input_ids, dropout_key=dropout_key, seq_idx=seq_idx)
-    return linear(hidden, _head(params, config))
+    return _scores(hidden, params, config)
 
 
 def loss(
@@ -225,7 +234,7 @@ def prefill(params: Params, config: MambaConfig, input_ids: Any, state: State | 
     if state is not None:
         _check_state(config, state)
     hidden, state = _hidden(params, config, input_ids, state=state)
-    return linear(hidden[:, -1], _head(params, config)), state
+    return _scores(hidden[:, -1], params, config), state
 
 
 def step(params: Params, config: MambaConfig, token_ids: Any, state: State) -> Any:
@@ -257,7 +266,7 @@ def step(params: Params, config: MambaConfig, token_ids: Any, state: State) -> A
         normed, residual = _add_norm(hidden, residual, layer["norm.weight"], config)
         hidden = mamba_block_step(_mixer(layer), normed, config, block_state)
     hidden, _ = _add_norm(hidden, residual, params["backbone.norm_f.weight"], config)
-    return linear(hidden, _head(params, config))
+    return _scores(hidden, params, config)
 
 
 class MambaLM:
@@ -367,7 +376,9 @@ class MambaLM:
         backend : {"numpy", "cupy"}
             Where the parameters go.
         dtype : dtype, optional
-            float32 or float64; None: as stored, but float32 for float16 and bfloat16.
+            float16, bfloat16, float32 or float64; None: as stored, but float32 for the half types. In half precision
+            norms, convolutions, A_log, D and the bias of the step size stay float32. It is for GPUs: NumPy's matrix
+            products of the half types are slow.
 
         Raises
         ------
@@ -377,14 +388,15 @@ class MambaLM:
         CudaUnavailableError
             If CuPy is asked for and cannot be used; the message says what is missing and how to mend it.
         """
-        from npmamba.checkpoint import load_model
+        from npmamba.checkpoint import in_half, load_model
 
         if backend not in ("numpy", "cupy"):
             raise ValueError(f"MambaLM.from_pretrained: backend must be 'numpy' or 'cupy', got {backend!r}")
-        if dtype is not None and dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"MambaLM.from_pretrained: dtype must be float32, float64 or None, got {dtype!r}")
+        wanted = None if dtype is None else _float_dtype(dtype)
+        half = wanted is not None and wanted.name in HALF
         library = require_device() if backend == "cupy" else np
-        config, params = load_model(folder, dtype)
+        config, params = load_model(folder, np.float32 if half else wanted)
+        params = in_half(params, wanted) if half else params
         return cls(config, {key: library.asarray(value) for key, value in params.items()})
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: Any = None) -> None:
@@ -410,3 +422,13 @@ def _check_params(config: MambaConfig, params: Params) -> None:
         if came != expected.get(key):
             wanted = f"have shape {expected[key]}" if key in expected else "not be there"
             raise ValueError(f"MambaLM: params[{key!r}] must {wanted}, got {'none' if came is None else came}")
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in FLOATS:
+        raise TypeError(f"MambaLM.from_pretrained: dtype must be {', '.join(FLOATS)} or None, got {dtype!r}")
+    return found

@@ -201,3 +201,16 @@ def test_gradients_that_meet_keep_their_memory_order(gpu):
     (dx,) = pull(y)
     assert dx.strides == x.strides
     np.testing.assert_array_equal(dx[:, 1:].get(), 2 * x[:, 1:].get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_in_half_precision_agrees_with_the_cpu(gpu, dtype, tmp_path):
+    config = tiny(d_model=32, n_layer=3)  # noqa: F811
+    MambaLM(config, random_params(config, dtype=np.float32)).save_pretrained(tmp_path)
+    on_cpu, on_gpu = (MambaLM.from_pretrained(tmp_path, backend=name, dtype=dtype) for name in ("numpy", "cupy"))
+    ids = random_tokens(config, 2, 20)
+    scores = on_gpu(gpu.asarray(ids))
+    assert scores.dtype == np.float32
+    assert error(scores.get(), on_cpu(ids)) <= 0.02
+    assert on_gpu.generate(ids, 5, seed=0, temperature=1.0).shape == (2, 25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models import configs, random_params, random_tokens, tiny
 from npmamba import MambaConfig, MambaLM, lm
 from npmamba.autodiff import value_and_grad
 from npmamba.block import BlockState
+from npmamba.checkpoint import in_half
 from npmamba.cuda import requirements
 from npmamba.reference import language_model as reference
 
@@ -485,15 +487,44 @@ def test_parameters_that_are_not_the_model_s_are_named():
     ("options", "kind", "message"),
     [
         ({"backend": "torch"}, ValueError, "from_pretrained: backend must be 'numpy' or 'cupy', got 'torch'"),
-        ({"dtype": "bfloat16"}, TypeError, "from_pretrained: dtype must be float32, float64 or None, got 'bfloat16'"),
-        ({"dtype": ml_dtypes.bfloat16}, TypeError, "dtype must be float32, float64 or None, got .*bfloat16"),
-        ({"dtype": np.float16}, TypeError, "dtype must be float32, float64 or None, got .*float16"),
+        ({"dtype": "int8"}, TypeError, "from_pretrained: dtype must be float16, bfloat16, float32, float64 or None"),
+        ({"dtype": "bf16"}, TypeError, "from_pretrained: dtype must be float16, .* or None, got 'bf16'"),
     ],
 )
 def test_unknown_options_of_loading_are_refused(options, kind, message, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(kind, match=message):
         MambaLM.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", ml_dtypes.bfloat16])
+def test_a_model_runs_in_half_precision_with_a_float32_stream(dtype, tmp_path):
+    config = tiny(d_model=32, n_layer=3)
+    model, ids = MambaLM(config, random_params(config, dtype=np.float32)), random_tokens(config, 2, 9)
+    model.save_pretrained(tmp_path)
+    half = MambaLM.from_pretrained(tmp_path, dtype=dtype)
+    wide = {key for key, x in half.params.items() if x.dtype == np.float32}
+    ends = ("norm.weight", "norm_f.weight", "conv1d.weight", "conv1d.bias", "A_log", ".D", "dt_proj.bias")
+    assert wide == {key for key in half.params if key.endswith(ends)}
+    assert {x.dtype for key, x in half.params.items() if key not in wide} == {np.dtype(dtype)}
+    scores = half(ids)
+    assert scores.dtype == np.float32
+    assert 0 < error(scores, model(ids)) <= 0.02
+    last, state = half.prefill(ids[:, :-1])
+    assert same_bits(last, scores[:, -2])
+    assert error(half.step(ids[:, -1], state), scores[:, -1]) <= 1e-6
+    assert {x.dtype for block in state for x in block} == {np.dtype(np.float32)}
+    loss, gradients = half.loss_and_grads(ids, ids)
+    assert loss.dtype == np.float32
+    assert {key: g.dtype for key, g in gradients.items()} == {key: x.dtype for key, x in half.params.items()}
+
+
+def test_the_stream_is_as_narrow_as_the_configuration_asks():
+    """With residual_in_fp32 switched off, the sums of the layers are rounded to half precision."""
+    config = tiny(d_model=32, n_layer=3)
+    params, ids = in_half(random_params(config, dtype=np.float32), "bfloat16"), random_tokens(config, 2, 9)
+    wide, narrow = (MambaLM(replace(config, residual_in_fp32=flag), params)(ids) for flag in (True, False))
+    assert 0 < error(narrow, wide) <= 0.05
 
 
 def test_a_missing_cupy_names_the_extra(tmp_path, monkeypatch):
