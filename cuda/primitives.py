@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from npmamba.cuda.device import cuda, rcp
-from npmamba.scalar import cast, divide, exp2, fma, select
+from npmamba.scalar import cast, exp2, fma, select
 
 LOG2E, LOG2E_LOW = 1.4426950216293335, 1.9259629911266175e-08  # their sum is log2(e); the first one is a float32
 
@@ -26,18 +26,6 @@ def exp_float32(x):
 def expm1_float32(x):
     """As libdevice has it."""
     return cuda.libdevice.expm1f(x)
-
-
-def log1p_float32(x):
-    """log(1 + x) = 2 artanh(s) with s = x / (2 + x) <= 1/3"""
-    s = divide(x, cast(2, x) + x)
-    q = s * s
-    p = fma(cast(0.12461131066083908, x), q, cast(0.10634681582450867, x))
-    p = fma(p, q, cast(0.1431531310081482, x))
-    p = fma(p, q, cast(0.1999920755624771, x))
-    p = fma(p, q, cast(0.33333340287208557, x))
-    twice = s + s
-    return fma(p * q, twice, twice)
 
 
 def divide_float32(x, y):

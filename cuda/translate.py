@@ -35,7 +35,7 @@ _FLOAT32 = {
     device.rcp: intrinsics.rcp_float32,
     scalar.exp: primitives.exp_float32,
     scalar.expm1: primitives.expm1_float32,
-    scalar.log1p: primitives.log1p_float32,
+    scalar.log1p: scalar.log1p_polynomial,
 }
 _FLOAT64 = {
     scalar.exp2: primitives.exp2_float64,
@@ -98,7 +98,8 @@ class Translation:
     def copy(self, function: Any) -> Any:
         """Return a copy of a function with its names replaced."""
         known = function.__globals__
-        called = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}  # not cuda.libdevice.exp2
+        # Names of globals only: in cuda.libdevice.exp2 the last one is none.
+        called = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
         scope = {name: self.of(known[name]) for name in called if name in known}
         scope |= {"__builtins__": __builtins__, "__name__": function.__module__}
         cells = tuple(python.CellType(self.of(cell.cell_contents)) for cell in function.__closure__ or ())

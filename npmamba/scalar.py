@@ -88,6 +88,19 @@ def magnitude(x: Any) -> Any:
 PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, expm1, log1p, sqrt, divide, magnitude)
 
 
+@formula
+def log1p_polynomial(x):
+    """log(1 + x) = 2 artanh(s) with s = x / (2 + x) <= 1/3: what `log1p` is in float32 on every target of ours"""
+    s = divide(x, cast(2, x) + x)
+    q = s * s
+    p = fma(cast(0.12461131066083908, x), q, cast(0.10634681582450867, x))
+    p = fma(p, q, cast(0.1431531310081482, x))
+    p = fma(p, q, cast(0.1999920755624771, x))
+    p = fma(p, q, cast(0.33333340287208557, x))
+    twice = s + s
+    return fma(p * q, twice, twice)
+
+
 # --- activations ---
 
 

@@ -456,7 +456,7 @@ def instruments(rng: np.random.Generator | None) -> dict[Any, Any]:
 
     return {
         scalar.exp: primitives.exp_float32,
-        scalar.log1p: primitives.log1p_float32,
+        scalar.log1p: scalar.log1p_polynomial,
         scalar.divide: primitives.divide_float32,
         scalar.exp2: instruction(np.exp2, 2),
         scalar.expm1: instruction(np.expm1, 1),

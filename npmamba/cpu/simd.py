@@ -530,20 +530,9 @@ def _expm1_float32(x):
     return select(x != x, x, e)
 
 
-@scalar.formula
-def _log1p_float32(x):
-    # log(1 + x) = 2 artanh(s) with s = x / (2 + x) <= 1/3
-    s = x / (cast(2, x) + x)
-    q = s * s
-    p = fma(cast(0.12461131066083908, x), q, cast(0.10634681582450867, x))
-    p = fma(p, q, cast(0.1431531310081482, x))
-    p = fma(p, q, cast(0.1999920755624771, x))
-    p = fma(p, q, cast(0.33333340287208557, x))
-    twice = s + s
-    return fma(p * q, twice, twice)
-
-
-_FLOAT32 = {"exp2": _exp2_float32, "exp": _exp_float32, "expm1": _expm1_float32, "log1p": _log1p_float32}
+_FLOAT32 = {
+    "exp2": _exp2_float32, "exp": _exp_float32, "expm1": _expm1_float32, "log1p": scalar.log1p_polynomial,
+}  # fmt: skip
 
 
 def _overload_elementary(primitive: Any, name: str) -> None:
