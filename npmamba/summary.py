@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from npmamba.charts import short
+from npmamba.cuda.requirements import device
 from npmamba.doctor import machine
 from npmamba.generate import generate
 from npmamba.inspect import selectivity, time_constants
@@ -66,7 +67,7 @@ def summarise(run: Run, prompt: str, text: str, command: str = "") -> Report:
         context=run.config.context,
         command=command or command_line(run.config),
         settings={f.name: getattr(run.config, f.name) for f in fields(TrainConfig) if _told(run, f.name)},
-        machine=machine(),
+        machine={**machine(), **({"GPU": device()} if run.config.backend == "cupy" else {})},
     )
 
 

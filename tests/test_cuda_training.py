@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import warnings
 
 import ml_dtypes
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 from arrays import error
 from models import random_params, random_tokens, tiny
-from test_train import StopAfter, assert_same_run, bits, config, text  # noqa: F401
+from test_train import OPTIONS, StopAfter, assert_same_run, bits, config, text  # noqa: F401
 
-from npmamba import backend, lm, runs
+from npmamba import backend, cli, lm, runs
 from npmamba.autodiff import adamw, algebra, clip_factor, decay_mask, pullback, tree_items, value_and_grad
 from npmamba.checkpoint import load_training
 from npmamba.lm import MambaLM
@@ -144,6 +145,30 @@ def test_a_checkpoint_of_a_gpu_is_read_and_continued_on_the_cpu(text, tmp_path, 
         np.testing.assert_array_equal(on_gpu.generate(ids, 50, **options), tokens)
         np.testing.assert_array_equal(on_gpu.generate(gpu.asarray(ids), 50, **options), tokens)
     assert error(on_gpu(gpu.asarray(ids)).get(), on_cpu(ids)) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_the_command_line_trains_samples_and_reports_on_a_gpu(capsys, text, tmp_path, gpu):  # noqa: F811
+    out, options = tmp_path / "run", [*OPTIONS, "--backend", "cupy", "--steps", "30"]
+    assert cli.main(["train", text, "--out", str(out), *options]) == 0
+    told = capsys.readouterr()
+    assert "nats per character after 30 steps" in told.out
+    page = (out / "report.html").read_text()
+    assert "<th>GPU</th>" in page
+    assert "--backend cupy" in page
+    assert cli.main(["generate", str(out), "--backend", "cupy", "--tokens", "20", "--seed", "1"]) == 0
+    on_gpu = capsys.readouterr().out
+    assert cli.main(["generate", str(out), "--tokens", "20", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == on_gpu
+
+
+@pytest.mark.gpu
+def test_a_time_budget_becomes_a_plan_on_a_gpu(text, tmp_path, gpu):  # noqa: F811
+    settings = config(text, tmp_path / "run", backend="cupy", steps=None, minutes=0.2, eval_every=0)
+    began = time.perf_counter()
+    run = train(runs.create(settings))
+    assert run.step == run.plan.total > run.plan.held
+    assert 4 < time.perf_counter() - began < 20
 
 
 @pytest.mark.gpu
