@@ -179,10 +179,10 @@ class Loop:
         self.times += [each] * len(pending)
         started = run.seconds
         run.seconds += each * len(pending)
-        if run.plan is None and is_due(config, run.step, time.perf_counter() - self.begin):
-            self._make_plan()
         for n, (step, loss, norm) in enumerate(pending, 1):
             self._report(step, loss, norm, started + n * each)
+        if run.plan is None and is_due(config, run.step, time.perf_counter() - self.begin):
+            self._make_plan()
 
     def _make_plan(self) -> None:
         config, size = self.run.config, len(self.run.corpus.validation)
