@@ -26,6 +26,9 @@ def _element(p: Any) -> Any:
 
 
 def _offset(builder: Any, i: Any, t: Any) -> Any:
+    """Return an index as 64 bits. Numba makes uint64 of two uint32; taken back to 32 bits, so is all that led there."""
+    if t == types.uint64:
+        return builder.zext(builder.trunc(i, I32), I64)
     if t.bitwidth == 64:
         return i
     return builder.sext(i, I64) if t.signed else builder.zext(i, I64)
@@ -86,7 +89,7 @@ def shift(typingctx: Any, p: Any, n: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
 
-    return p(p, n), emit
+    return types.CPointer(p.dtype)(p, n), emit
 
 
 @intrinsic
