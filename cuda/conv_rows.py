@@ -47,13 +47,13 @@ def _forward(real, data, width, packed):
     silu, _ = activation_of(data)
 
     def step(i, s, s1, total, options, entries_at, ring, place, y_at, y_step, weights, window, q):
-        t = uint32(s + uint32(i))
+        t = uint32(s + i)
         if t < s1:
             entry = load(entries_at, t) if packed else int64(t)
             if packed and is_fresh(entry):
                 for j in range(lag * lanes):
                     window[i * lanes + j] = number(0)
-            load_row(ring, uint32(place + uint32(i * THREADS * lanes)), window, lag + i)
+            load_row(ring, uint32(place + i * uint32(THREADS * lanes)), window, lag + i)
             for j in range(lanes):
                 q[j] = weights[width * lanes + j]
                 for k in range(width):
@@ -106,10 +106,10 @@ def _forward(real, data, width, packed):
             commit_async()
             wait_async(ahead)
             at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
-            step(0, s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(1, s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(2, s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(3, s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
+            step(uint32(0), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
+            step(uint32(1), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
+            step(uint32(2), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
+            step(uint32(3), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
             for j in range(lag * lanes):
                 window[j] = window[STEPS * lanes + j]
             s = uint32(s + uint32(STEPS))
@@ -139,7 +139,7 @@ def _backward(real, data, width, packed):
         s0, s1, total, end = limits
         entries_at, dx_at, dlast_at = pointers
         weights, window, dq, pending, sums = arrays
-        t = uint32(s + uint32(i))
+        t = uint32(s + i)
         for j in range(lanes):
             pending[(i + lag) * lanes + j] = number(0)
         if t < end:
@@ -147,8 +147,8 @@ def _backward(real, data, width, packed):
                 same = uint32(0)
                 for j in range(lag * lanes):
                     window[i * lanes + j] = number(0)
-            load_row(ring_x, uint32(place + uint32(i * THREADS * lanes)), window, lag + i)
-            load_row(ring_dout, uint32(place + uint32(i * THREADS * lanes)), dq, 0)
+            load_row(ring_x, uint32(place + i * uint32(THREADS * lanes)), window, lag + i)
+            load_row(ring_dout, uint32(place + i * uint32(THREADS * lanes)), dq, 0)
             if options & uint32(SILU):
                 for j in range(lanes):
                     q = weights[width * lanes + j]
@@ -227,10 +227,10 @@ def _backward(real, data, width, packed):
                 wait_async(ahead)
                 at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
                 arrays = (weights, window, dq, pending, sums)
-                same = step(0, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(1, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(2, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(3, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
+                same = step(uint32(0), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
+                same = step(uint32(1), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
+                same = step(uint32(2), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
+                same = step(uint32(3), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
                 if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
                     for k in range(lag):
                         for j in range(lanes):
