@@ -35,12 +35,15 @@ def cross_entropy(logits: Any, labels: Any, *, ignore_index: int = -100) -> Any:
     Raises
     ------
     ValueError
-        If shapes disagree or a label is out of range.
+        If shapes disagree or a label is out of range (NumPy arrays; see below).
     TypeError
         If an argument is no array, `labels` holds no integers, or NumPy and CuPy arrays are mixed.
 
     Notes
     -----
+    Labels on a GPU are not read by the host, which would have to wait for it at every step: there a label out of range
+    makes the loss NaN, and the gradient of its row. The same call with ``cupy.asnumpy`` of both names its place.
+
     Safe for logits of any size; ``-inf`` forbids a class, NaN in a row that counts gives NaN. Sums are taken in
     float64. Differentiable in `logits`; the derivation stands in ``cross_entropy.md`` beside this file.
 
@@ -139,7 +142,9 @@ def _check_shapes(op: str, logits: Any, labels: Any) -> None:
 
 
 def _check_range(op: str, labels: Any, vocab: int, ignore_index: int) -> None:
-    """Raise ValueError with the position of the first label that names no class."""
+    """Raise ValueError with the position of the first label that names no class; the host never waits for a GPU's."""
+    if not isinstance(labels, np.ndarray):
+        return
     wrong = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if wrong.any():
         place = np.unravel_index(int(wrong.argmax()), wrong.shape)
