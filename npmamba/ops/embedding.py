@@ -29,12 +29,15 @@ def embedding(weight: Any, input_ids: Any) -> Any:
     Raises
     ------
     ValueError
-        If `weight` has not two axes, or an id is out of range; negative ones are.
+        If `weight` has not two axes, or an id is out of range (NumPy arrays; see below); negative ones are.
     TypeError
         If an argument is no array, `input_ids` holds no integers, or NumPy and CuPy arrays are mixed.
 
     Notes
     -----
+    Ids on a GPU are not read by the host, which would have to wait for it at every step: there an id out of range
+    gives a row of NaN, and its token adds to no gradient. The same call with ``cupy.asnumpy`` of both names its place.
+
     Differentiable in `weight`; the derivation stands in ``embedding.md`` beside this file.
 
     Examples
@@ -121,10 +124,15 @@ def _check_gradient(op: str, dout: Any, input_ids: Any, vocab_size: Any) -> None
 
 
 def _check_values(op: str, name: str, x: Any, input_ids: Any, vocab_size: int) -> None:
-    """Check dtypes, and that every id is one of a row; the first that is not is named with its position."""
+    """Check dtypes, and that every id is one of a row; the first that is not is named with its position.
+
+    The host reads no ids of a GPU, for which it would have to wait.
+    """
     check = Arguments(op)
     check.dtype(name, x)
     check.integers("input_ids", input_ids)
+    if not isinstance(input_ids, np.ndarray):
+        return
     wrong = (input_ids < 0) | (input_ids >= vocab_size)
     if wrong.any():
         place = np.unravel_index(int(wrong.argmax()), wrong.shape)

@@ -1,0 +1,128 @@
+"""CUDA twin of `npmamba.ops.embedding`: rows are copied as they are, gradients summed over tokens sorted by their ids.
+
+Ids are not looked at by the host, which would have to wait for the device. One that is no row of the table gives a row
+of NaN, and what its token receives goes nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npmamba.cuda.arrays import address, empty, library, zeros
+from npmamba.cuda.device import Data, Flags, Long, Size, Stride, cuda, load, shift, store
+from npmamba.cuda.embedding_backward import BACKWARD, CHUNK, CHUNKS, THREADS, WARPS
+from npmamba.cuda.launch import Kernel
+from npmamba.cuda.rows import inner_rows, lines, smaller, wide
+from npmamba.cuda.token_order import token_order
+from npmamba.cuda.vectors import readers, width_of, writers
+from npmamba.shapes import compute_dtype
+
+uint32, int64 = np.uint32, np.int64
+WORDS = 16
+"""Words of a row that a thread copies."""
+MANY = 16_384
+"""Blocks from which on a row of the table's gradient belongs to one warp; with fewer rows four share one."""
+
+
+# --- forward ---
+
+
+def _forward(real, data):
+    read_words, write_words, columns = readers(1, WORDS)[1], writers(1, WORDS)[1], 32 * WORDS
+    read, write = (readers(4, WORDS)[0], writers(4, WORDS)[0]) if data == np.float32 else (read_words, write_words)
+
+    def embedding_forward(
+        weight: Data, stride: Stride, ids: Long, out: Data, raw: Flags,
+        n: Size, tokens: Size, vocab: Size, size: Size, wide: Size,
+    ):  # fmt: skip
+        """Equation: out[t] = weight[ids[t]], bit by bit.
+        Threads: a warp copies 512 words of a row, 16 bytes a thread at a time where memory allows.
+        Owns: its words of out; all bits are set where the id is no row of the table, which is NaN in every type.
+        Saved: nothing.
+        """
+        x = cuda.local.array(WORDS, data)
+        tid = uint32(cuda.threadIdx.x)
+        lane, token = tid & uint32(31), uint32(uint32(uint32(cuda.blockIdx.x) * uint32(WARPS)) + (tid >> uint32(5)))
+        at = uint32(uint32(cuda.blockIdx.y) * uint32(columns))
+        if token >= tokens:
+            return
+        key = load(ids, token)
+        out = shift(out, int64(token) * int64(n))
+        if key < int64(0) or key >= int64(vocab):
+            raw = shift(raw, int64(token) * int64(n) * int64(size))
+            i, end = uint32(at * size + lane), uint32((at + uint32(columns)) * size)
+            while i < smaller(end, uint32(n * size)):
+                store(raw, i, np.uint8(255))
+                i = uint32(i + uint32(32))
+            return
+        row = shift(weight, key * stride)
+        if wide:
+            first = uint32(at + uint32(lane * uint32(4)))
+            read(x, row, first, uint32(128), n)
+            write(x, out, first, uint32(128), n)
+        else:
+            read_words(x, row, uint32(at + lane), uint32(32), n)
+            write_words(x, out, uint32(at + lane), uint32(32), n)
+
+    return embedding_forward
+
+
+FORWARD = Kernel(_forward, threads=THREADS, shipped={}, dtypes=("float32", "uint8"))
+
+
+# --- from the caller's arrays to the kernels' and back ---
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    input_ids: Any
+    vocab_size: int
+
+
+def _flat(ids: Any) -> Any:
+    return library(ids).ascontiguousarray(ids.astype(np.int64, copy=False)).reshape(-1)
+
+
+def _words(x: Any) -> Any:
+    """Return rows as words of four bytes, whatever their numbers are; of one byte where they are not whole words."""
+    whole = not (address(x) % 4 or x.strides[0] % 4 or x.shape[1] * x.itemsize % 4)
+    return x.view(np.float32 if whole else np.uint8)
+
+
+def forward(weight: Any, input_ids: Any, *, save: bool) -> tuple[Any, Saved | None]:
+    """Return rows of `weight` and what `backward` needs (None unless `save`). All but the range of ids is checked."""
+    vocab, d_model = weight.shape
+    ids = _flat(input_ids)
+    out = empty(weight, (*input_ids.shape, d_model), weight.dtype)
+    if weight.strides[1] != weight.itemsize:
+        weight = library(weight).ascontiguousarray(weight)
+    words = _words(weight)
+    copy, n = out.reshape(-1, d_model).view(words.dtype), words.shape[1]
+    raw, size = copy.view(np.uint8), words.itemsize
+    numbers = (n, ids.size, vocab, size, size == 4 and wide(words))
+    grid = (-(-ids.size // WARPS), -(-n // (32 * WORDS)))
+    FORWARD.launch(grid, words.dtype, (words, words.strides[0] // size, ids, copy, raw, *numbers))
+    return out, Saved(input_ids, vocab) if save else None
+
+
+def backward(dout: Any, saved: Saved) -> tuple[Any]:
+    """Return the gradient of the table, in the dtype of `dout`."""
+    vocab, d_model, ids = saved.vocab_size, dout.shape[-1], _flat(saved.input_ids)
+    if ids.size == 0:
+        return (zeros(dout, (vocab, d_model), dout.dtype),)
+    keys, tokens = token_order(ids, vocab)
+    begins, ends = zeros(dout, (2, vocab + 1), np.int64)
+    parts = empty(dout, (ids.size // CHUNK, d_model), compute_dtype(dout.dtype))
+    dweight = empty(dout, (vocab, d_model), dout.dtype)
+    x = lines(dout)
+    aligned, inner, pieces = wide(x.array), inner_rows(x), -(-d_model // (32 * width_of(dout.dtype)))
+    grid = (-(-ids.size // (CHUNK * WARPS)), pieces)
+    CHUNKS.launch(grid, dout.dtype, (*x, keys, tokens, begins, ends, parts, d_model, ids.size, inner, aligned))
+    warps = WARPS if vocab * pieces <= MANY else 1
+    grid = (-(-vocab // (WARPS // warps)), pieces if warps > 1 else 1)
+    arguments = (*x, tokens, begins, ends, parts, dweight, d_model, vocab, inner, aligned)
+    BACKWARD.launch(grid, dout.dtype, arguments, warps=warps)
+    return (dweight,)
