@@ -83,23 +83,22 @@ def _compiling_for(cc: tuple[int, int]) -> Iterator[None]:
             dispatcher.get_current_device = asked
 
 
-def compile_ptx(
-    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, ccs: Sequence[tuple[int, int]]
-) -> tuple[str, list[str]]:
-    """Compile a kernel to PTX for each of `ccs`; return the entry point's name, which profilers show, and the texts."""
-    copy = Translation(wide_dtype(dtype), ccs[0]).copy(function)
+def _front_end(
+    function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
+) -> tuple[str, Any]:
+    """Return the entry point's name, which profilers show, and what NVVM makes PTX of."""
+    copy = Translation(wide_dtype(dtype), cc).copy(function)
     arguments = signature(function, np.dtype(dtype))
-    with _compiling_for(ccs[0]):
-        result = compile_cuda(copy, types.void, arguments, nvvm_options=OPTIONS, cc=ccs[0], abi="numba")
-        library, mangled = result.library, result.fndesc.llvm_func_name
-        library._entry_name = mangled
-        kernel = library.get_function(mangled)
-        kernel_fixup(kernel, False)
-        nvvm.set_launch_bounds(kernel, (threads, blocks))
-        entry = re.sub(r"\W", "_", f"npmamba_{name}")
-        library._llvm_strs = _named([module.replace(mangled, entry) for module in library.llvm_strs])
-        texts = [library.get_asm_strs(cc=cc)[0] for cc in ccs]
-    return entry, [re.sub(r"^\.common \.global .* \w*NumbaEnv\w*;\n", "", ptx, flags=re.MULTILINE) for ptx in texts]
+    with _compiling_for(cc):
+        result = compile_cuda(copy, types.void, arguments, nvvm_options=OPTIONS, cc=cc, abi="numba")
+    library, mangled = result.library, result.fndesc.llvm_func_name
+    library._entry_name = mangled
+    kernel = library.get_function(mangled)
+    kernel_fixup(kernel, False)
+    nvvm.set_launch_bounds(kernel, (threads, blocks))
+    entry = re.sub(r"\W", "_", f"npmamba_{name}")
+    library._llvm_strs = _named([module.replace(mangled, entry) for module in library.llvm_strs])
+    return entry, library
 
 
 def _named(modules: list[str]) -> list[str]:
@@ -113,17 +112,19 @@ def _named(modules: list[str]) -> list[str]:
 
 def compile_machines(
     function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, ccs: Sequence[tuple[int, int]]
-) -> list[Machine]:
-    """Compile a kernel to machine code for each of the compute capabilities `ccs`."""
-    entry, texts = compile_ptx(function, name, dtype, threads, blocks, ccs)
-    return [_link(entry, ptx, cc) for ptx, cc in zip(texts, ccs, strict=True)]
+) -> Iterator[Machine]:
+    """Compile a kernel to machine code for each of the compute capabilities `ccs`, one when it is asked for."""
+    entry, library = _front_end(function, name, dtype, threads, blocks, ccs[0])
+    for cc in ccs:
+        (ptx,) = library.get_asm_strs(cc=cc)
+        yield _link(entry, re.sub(r"^\.common \.global .* \w*NumbaEnv\w*;\n", "", ptx, flags=re.MULTILINE), cc)
 
 
 def compile_machine(
     function: Callable[..., None], name: str, dtype: Any, threads: int, blocks: int, cc: tuple[int, int]
 ) -> Machine:
     """Compile a kernel to machine code for compute capability `cc`."""
-    return compile_machines(function, name, dtype, threads, blocks, [cc])[0]
+    return next(compile_machines(function, name, dtype, threads, blocks, [cc]))
 
 
 def _link(entry: str, ptx: str, cc: tuple[int, int]) -> Machine:

@@ -33,7 +33,7 @@ class Report(NamedTuple):
     words: list[str]
     """Those of ``.f64`` and ``.local`` that its PTX contains."""
     seconds: float
-    """Of the processor's time, to compile it for all architectures."""
+    """Of the processor's time, to compile it; what architectures have in common is counted once."""
 
 
 def tools() -> dict[str, str | None]:
@@ -62,15 +62,15 @@ def report(name: str) -> dict[str, Report]:
 def _compile(specialization: launch.Specialization) -> dict[str, Report]:
     from npmamba.cuda.compile import compile_machines
 
-    began = time.process_time()
-    machines = compile_machines(*specialization, ccs=ARCHITECTURES)
-    seconds = time.process_time() - began
-    return {
-        f"sm_{major}{minor}": Report(
-            *machine.resources, [word for word in (".f64", ".local") if word in machine.ptx], seconds
-        )
-        for (major, minor), machine in zip(ARCHITECTURES, machines, strict=True)
-    }
+    began, found = time.process_time(), {}
+    for (major, minor), machine in zip(
+        ARCHITECTURES, compile_machines(*specialization, ccs=ARCHITECTURES), strict=True
+    ):
+        seconds = time.process_time() - began
+        words = [word for word in (".f64", ".local") if word in machine.ptx]
+        found[f"sm_{major}{minor}"] = Report(*machine.resources, words, seconds)
+        began = time.process_time()
+    return found
 
 
 def _warm_up() -> None:

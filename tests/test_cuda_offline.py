@@ -116,6 +116,19 @@ def test_the_budget_lists_no_kernel_that_is_gone(budget):
     assert not gone, "run python tests/cuda_budget.py"
 
 
+def test_a_kernel_is_the_same_whatever_was_compiled_before_and_with_it(compiler):
+    """What the architectures have in common is done once, and names are counted within a kernel."""
+    from npmamba.cuda.compile import compile_machine, compile_machines
+
+    first = next(name for name, kernel in KERNELS.items() if kernel.shipped)
+    specialization = KERNELS[first].specializations()[0]
+    together = list(compile_machines(*specialization, ccs=cuda_budget.ARCHITECTURES))
+    for found, cc in zip(together, cuda_budget.ARCHITECTURES, strict=True):
+        alone = compile_machine(*specialization, cc=cc)
+        assert (found.ptx, found.code, found.name) == (alone.ptx, alone.code, alone.name)
+        assert f".entry {found.name}(" in found.ptx
+
+
 @pytest.mark.parametrize(("kernel", "rest"), cases())
 def test_a_kernel_stays_within_its_budget(kernel, rest, compiled, budget):
     reports = {name: compiled(name) for name in chosen(KERNELS[kernel], rest)}
