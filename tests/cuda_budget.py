@@ -107,14 +107,14 @@ def write(kernels: dict[str, dict[str, list[int]]]) -> None:
 
 def main(parts: list[str]) -> None:
     """Bring the file up to date for the kernels named by `parts`, and print what each takes."""
-    kept = {name: found for name, found in read()["kernels"].items() if name in shipped()}
-    chosen = [name for name in shipped() if not parts or any(part in name for part in parts)]
+    chosen, measured = [name for name in shipped() if not parts or any(part in name for part in parts)], {}
     with pool() as processes:
         for name, found in zip(chosen, processes.map(report, chosen), strict=True):
-            kept[name] = {target: [one.registers, one.shared] for target, one in found.items()}
+            measured[name] = {target: [one.registers, one.shared] for target, one in found.items()}
             for target, one in found.items():
                 print(name, target, *(f"{key}={value}" for key, value in one._asdict().items()), flush=True)  # noqa: T201
-    write(kept)
+    kept = {name: found for name, found in read()["kernels"].items() if name in shipped()}
+    write(kept | measured)
 
 
 if __name__ == "__main__":
