@@ -125,7 +125,7 @@ def numba_cuda() -> str:
         problem = f"the kernels are written for numba-cuda 0.30, and {found} is installed"
         raise CudaUnavailableError(problem, _install())
     numpy = importlib.import_module("numpy").__version__
-    if tuple(int(n) for n in re.findall(r"\d+", numpy)[:2]) >= (2, 5):
+    if _numbers(numpy) >= (2, 5):
         problem = f"numba-cuda 0.30 needs a NumPy older than 2.5, and {numpy} is installed"
         raise CudaUnavailableError(problem, "pip install 'numpy<2.5'")
     if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
@@ -161,7 +161,16 @@ def nvjitlink() -> str:
     if found is not None and made[0] > found[0]:
         problem = f"nvJitLink is of CUDA {made[0]}.{made[1]}, and the driver supports CUDA {found[0]}.{found[1]}"
         raise CudaUnavailableError(problem, _install())
+    writes = version("nvidia-nvvm") or version("nvidia-cuda-nvcc-cu12") or "0"
+    if _numbers(writes) > tuple(made):
+        problem = f"nvJitLink {made[0]}.{made[1]} does not read the PTX of NVVM {writes}"
+        raise CudaUnavailableError(problem, f"{_install()} --upgrade --upgrade-strategy eager")
     return f"{made[0]}.{made[1]} {path}"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
 
 
 def _library(name: str, shown: str) -> str:
