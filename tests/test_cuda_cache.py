@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npmamba.cuda
-from npmamba.cuda import cache, machine, requirements
+from npmamba.cuda import cache, launch, machine, requirements
 from npmamba.cuda.launch import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +142,22 @@ def test_another_process_finds_the_same_file():
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
         assert said.decode().strip() == file_of()
+
+
+def shipped_files() -> str:
+    """Return the names of the files of all kernels that are shipped, as text."""
+    kernels = {found.name: found for kernel in launch.declared() for found in kernel.specializations()}
+    return "\n".join(cache.file_name(name, *found[:1], *found[2:]) for name, found in sorted(kernels.items()))
+
+
+def test_another_process_finds_every_kernel_that_is_shipped():
+    """None of them sees an object that cannot be named: it would be compiled anew in every process."""
+    program = "import test_cuda_cache; print(test_cuda_cache.shipped_files())"
+    environment = {**os.environ, "PYTHONHASHSEED": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
+    here = shipped_files().split("\n")
+    assert [name for name, other in zip(here, said.decode().split(), strict=True) if name != other] == []
+    assert len(set(here)) == len(here)
 
 
 @given(st.text(min_size=1, max_size=300))
