@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from npmamba.cuda import conv_any, conv_lines, conv_rows
 from npmamba.cuda.arrays import empty, library, strides, zeros
 from npmamba.cuda.conv_parts import BIAS, DINITIAL, DLAST, INITIAL, PACKED, REVERSE, SILU, THREADS, WIDTHS
-from npmamba.cuda.conv_shares import any_share, line_share, row_share, stretches
+from npmamba.cuda.conv_shares import any_share, line_share, line_share_backward, row_share, stretches
 from npmamba.cuda.conv_sum import COLUMNS, SUM
 from npmamba.cuda.conv_update import UPDATE
 from npmamba.cuda.layout import native, side_by_side
@@ -151,7 +151,7 @@ def _backward_rows(saved: Saved, dout: Any, x: Any, dx: Any, dlast: Any, dinitia
 def _backward_lines(saved: Saved, dout: Any, x: Any, dx: Any, dlast: Any, dinitial: Any, options: int) -> Any:
     """Run the kernel and return the parts of dweight and dbias, (parts, width + 1, dim)."""
     _, weight, bias, initial = saved.prepared
-    (dim, width), (grid, sizes) = weight.shape, line_share(x)
+    (dim, width), (grid, sizes) = weight.shape, line_share_backward(x, weight.shape[1])
     parts = empty(x, (len(x) * sizes[-1], width + 1, dim), weight.dtype)
     arrays = (dout, x, weight, bias, initial, dlast, dx, dinitial, parts)
     along = strides(dout)[:2] + strides(x)[:2] + strides(dx)[:2]

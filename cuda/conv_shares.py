@@ -70,6 +70,22 @@ def line_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
     return grid, (dim, pieces, rows, near, near * turns, tiles)
 
 
+def line_share_backward(x: Any, width: int) -> tuple[tuple[int], tuple[int, ...]]:
+    """Return the grid and the sizes for the backward kernel of `npmamba.cuda.conv_lines`.
+
+    Where a row is longer than a warp, the last lanes of a warp compute again what the first ones of the next compute.
+    """
+    (batch, dim, seqlen), turns, size = x.shape, TURNS, lanes_of(x.dtype)
+    pieces, rows, helpers = seqlen // size, batch * dim, -(-(width - 1) // size)
+    chunks = 1 if pieces <= 32 else -(-pieces // (32 - helpers))
+    near, owned = (_power_of_two(pieces),) * 2 if chunks == 1 else (32, -(-pieces // chunks))
+    while rows * near * -(-chunks // turns) < ENOUGH and turns > 1:
+        turns //= 2
+    turns = min(turns, chunks)
+    tiles = -(-chunks // turns)
+    return (-(-rows * tiles // (THREADS // near)),), (dim, pieces, near, owned, turns, rows * tiles, tiles)
+
+
 def any_share(x: Any, count: int) -> tuple[tuple[int], int]:
     """Return the grid for `npmamba.cuda.conv_any` over `count` numbers a channel, and whether it runs along time."""
     batch, dim, _ = x.shape

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from npmamba.cuda.arrays import address
 
 
 def native(x: Any, dtype: Any) -> Any:
     """Return `x` in `dtype` and native byte order, aligned to its elements: itself where it is so already."""
-    x = x.astype(dtype, copy=False)
-    good = address(x) % x.itemsize == 0 and all(s % x.itemsize == 0 for s in x.strides)
-    return x if good else x.copy(order="K")
+    if x.dtype != dtype:
+        x = x.astype(dtype)
+    if isinstance(x, np.ndarray) and not x.flags.aligned:  # CuPy's arrays always are
+        x = x.copy(order="K")
+    return x
 
 
 def side_by_side(x: Any, axis: int) -> bool:
