@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import backends
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npmamba.cpu import selective_state_update as cpu
+from npmamba.cuda import arrays
 from npmamba.cuda import selective_state_update as twin
 from npmamba.reference import selective_state_update as reference
 
@@ -135,6 +137,20 @@ def test_nan_stays_in_its_channel(device_backend):
     expected[1, 2] = True
     assert same_bits(np.isnan(y), expected)
     assert same_bits(np.isnan(new), np.repeat(expected[..., None], 3, axis=-1))
+
+
+@pytest.mark.gpu
+def test_more_numbers_than_32_bits_count():
+    """The last row of a huge batch is stepped like that row alone."""
+    device, batch = backends.backend("gpu"), 2**20 + 1
+    _, step = drawn(9, 2, 64, 33, np.float32, **ON)
+    step = {k: device.array(v[:1] if k in ("x", "dt", "B", "C", "z") else v) for k, v in step.items()}
+    state = arrays.zeros(step["x"], (1, 64, 33), np.float32)
+    many = arrays.zeros(step["x"], (batch, 64, 33), np.float32)
+    rows = {k: v.repeat(batch, axis=0) if k in ("x", "dt", "B", "C", "z") else v for k, v in step.items()}
+    y, y_many = twin.forward(state, **step), twin.forward(many, **rows)
+    assert same_bits(device.numpy(y_many[-1:].copy()), device.numpy(y))
+    assert same_bits(device.numpy(many[-1:].copy()), device.numpy(state))
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(0, 3), (2, 0), (0, 0)])
