@@ -7,7 +7,6 @@ of a warp, the warps of a block, and, by `SUM_PARTS`, over the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,11 +36,13 @@ from npmamba.cuda.scan_tile import (
     SOFTPLUS,
     THREADS,
     Shape,
+    load1,
     make_copy,
     make_decay_rate,
     make_lane_sum,
     make_scatter_sum,
     tile_of,
+    unrolled,
 )
 from npmamba.cuda.schedule import ABSENT, FRESH, NORMAL
 from npmamba.scalar import (
@@ -62,25 +63,6 @@ from npmamba.scalar import (
 uint32, int32, int64 = np.uint32, np.int32, np.int64
 WARPS = THREADS // 32
 LN2 = 0.6931471805599453
-
-
-def unrolled(body: Callable[..., None], count: int, *, backwards: bool = False) -> Callable[..., None]:
-    """Return ``f(registers, context, first)`` that calls ``body(registers, context, first + i)`` for every i < `count`.
-
-    There is no loop, so that what is indexed by i stays in registers. `count` is a power of two: Numba compiles one
-    small function for each doubling.
-    """
-    if count == 1:
-        return body
-    half = count // 2
-    part = unrolled(body, half, backwards=backwards)
-    near, far = (half, 0) if backwards else (0, half)
-
-    def twice(registers, context, first):
-        part(registers, context, first + near)
-        part(registers, context, first + far)
-
-    return twice
 
 
 def make_channel_sum(lanes: int, count: int) -> Any:
@@ -123,7 +105,7 @@ def _nothing(numbers, lane):
 
 def _backward(
     real, data, shape, gated=False, zoh=False, packed=False, by_channel=False, wide=True, wide_maps=True,
-    constant_B=False, constant_C=False,
+    constant_B=False, constant_C=False, resident=1,
 ):  # fmt: skip
     shape = Shape(*shape)
     dstate, states, lanes, steps = shape
@@ -488,7 +470,8 @@ def _backward(
             registers = (history, rate, a, g, dA, (factor_B, factor_C, dfactor_B, dfactor_C), values, sums)
             steps_context = (channel_quads, maps_at, parts_at, mark_at, marks_step, rest, thread)
             own_context = (
-                row_at, own_quads, (du_at, ddelta_at, dz_at), (du_step, ddelta_step, dz_step), own, stores, skip, totals,
+                row_at, own_quads, (du_at, ddelta_at, dz_at), (du_step, ddelta_step, dz_step), own, stores, skip,
+                totals,
             )  # fmt: skip
             advance_all(registers, steps_context, 0)
             retreat_all(registers, (steps_context, own_context), 0)
@@ -536,6 +519,11 @@ def _backward(
 COLUMNS, TEAMS = 32, 8
 
 
+def _resident(*, resident: int, **constants: Any) -> int:
+    """Blocks that are to fit on one multiprocessor together."""
+    return resident
+
+
 def _sum_parts(real, data):
     def sum_parts(parts: Wide, out: Data, rows: Size, columns: Size, padded: Size, width: Size):
         """Equation: out[o, i] = sum_r parts[o, r, i], of columns in groups of `padded` the first `width` each.
@@ -569,40 +557,56 @@ def _sum_parts(real, data):
 PARTS = COLUMNS * TEAMS
 
 
-def _sum_maps(real, data):
+def _sum_maps(real, data, quads):
+    count = 4 if quads else 1
+    load_some = load4 if quads else load1
+
+    def add(total, at):
+        for c, part in enumerate(load_some(at, 0)):
+            total[c] += part
+
     def sum_maps(
         parts: Wide, dB: Data, dC: Data, blocks: Size, rows: Stride, group_rows: Stride, padded: Size, width: Size
     ):
         """Equation: dB, dC[g, row, n] = sum of the parts [block, row, (B or C, n)] of the blocks of group g.
-        Threads: one per number, blocks of channels one after the other.
-        Owns: its number of dB or dC; rows are (batch, seqlen), the groups' outermost here.
+        Threads: one per `count` neighbouring numbers, blocks of channels one after the other.
+        Owns: its numbers of dB or dC; rows are (batch, seqlen).
         """
-        i = int64(cuda.blockIdx.x) * int64(MAP_THREADS) + int64(cuda.threadIdx.x)
+        total = cuda.local.array(count, real)
+        i = (int64(cuda.blockIdx.x) * int64(MAP_THREADS) + int64(cuda.threadIdx.x)) * int64(count)
         group = int64(cuda.blockIdx.y)
         both = int64(padded) * int64(2)
-        if i < rows * both:
-            step = rows * both
+        step = rows * both
+        if i < step:
+            for c in range(count):
+                total[c] = cast(0, load(parts, 0))
             at = shift(parts, group * int64(blocks) * step + i)
-            total = load(at, 0)
-            k = uint32(1)
+            k = uint32(0)
+            while uint32(k + uint32(4)) <= blocks:
+                for ahead in range(4):
+                    add(total, shift(at, int64(ahead) * step))
+                at = shift(at, int64(4) * step)
+                k = uint32(k + uint32(4))
             while k < blocks:
+                add(total, at)
                 at = shift(at, step)
-                total += load(at, 0)
                 k = uint32(k + uint32(1))
-            row, column = i // both, uint32(i % both)
-            n = uint32(column % padded)
-            if n < width:
-                batch, t = row // group_rows, row % group_rows
-                to = ((batch * int64(cuda.gridDim.y) + group) * group_rows + t) * int64(width) + int64(n)
-                if column < padded:
-                    store(dB, to, total)
-                else:
-                    store(dC, to, total)
+            row = i // both
+            batch, t = row // group_rows, row % group_rows
+            to = ((batch * int64(cuda.gridDim.y) + group) * group_rows + t) * int64(width)
+            for c in range(count):
+                column = uint32(i % both + int64(c))
+                n = uint32(column % padded)
+                if n < width:
+                    if column < padded:
+                        store(dB, to + int64(n), total[c])
+                    else:
+                        store(dC, to + int64(n), total[c])
 
     return sum_maps
 
 
 MAP_THREADS = 256
-BACKWARD = Kernel(_backward, THREADS, blocks=3)
+BACKWARD = Kernel(_backward, THREADS, blocks=_resident)
 SUM_PARTS = Kernel(_sum_parts, PARTS)
 SUM_MAPS = Kernel(_sum_maps, MAP_THREADS)

@@ -40,6 +40,7 @@ from npmamba.cuda.scan_tile import (
     make_lane_sum,
     make_scatter_sum,
     tile_of,
+    unrolled,
 )
 from npmamba.cuda.schedule import ABSENT, FRESH, NORMAL
 from npmamba.scalar import cast, exp2, fma, phi, readout, select, silu, softplus, state_step
@@ -58,7 +59,6 @@ def _scan(
     gated, varying_C = gated and (adjoint or not ends), not (ends or constant_C)
     half = data.itemsize == 2
     lag = 2 if half else 1
-    unit = min(interval, owners) or 1
     maps = steps * padded
     both = 2 * maps if varying_C else maps
     step_pitch, channel_pitch, size = tile.step, tile.channel, tile.size
@@ -84,6 +84,58 @@ def _scan(
         """Steps from the start of a tile on; none of a tile before the first."""
         left = int32(length) - int32(tile) * int32(steps)
         return uint32(left) if tile >= int32(0) and left > int32(0) else uint32(0)
+
+    def advance(registers, context, step):
+        """One step: what it adds to the state, and what the state adds to y."""
+        h, a, rate, factor_B, factor_C, numbers, cut = registers
+        channel_pairs, maps_at, _, _, _, saved_at, saved_step, marks, rest, _, _, here, _, _ = context
+        if interval > 0 and step % interval == 0:
+            if here and uint32(step) < rest:
+                for n in range(states):
+                    store(saved_at, int64(step // interval) * saved_step + int64(n), h[n])
+        dt, inflow = load2(channel_pairs, 2 * step)
+        zero = cast(0, dt)
+        begins = packed and load_mark(marks, uint32(step), rest) == FRESH
+        if packed:
+            cut[0] |= uint32(begins)
+        Bs, Cs = load_maps(maps_at, step * padded)
+        total = zero
+        for n in range(states):
+            flow = inflow * (factor_B[n] if constant_B else Bs[n])
+            before = h[n]
+            if packed and not adjoint:
+                before = select(begins, zero, before)
+            if zoh and not adjoint:
+                flow = flow * phi(dt * a[n])
+            decay = exp2(dt * rate[n])
+            after = decay * (before + flow) if adjoint else state_step(decay, before, flow)
+            if packed and adjoint:
+                after = select(begins, zero, after)
+            h[n] = after
+            if not ends:
+                total = readout(factor_C[n] if constant_C else Cs[n], after, total)
+        numbers[step & (owners - 1)] = total
+
+    advance_turn = unrolled(advance, owners)
+
+    def one_turn(registers, context, g):
+        """The steps of a turn; then each lane sums up, gates and stores y of the one that is its own."""
+        advance_turn(registers, context, g * owners)
+        _, _, row_at, y_at, y_step, _, _, marks, rest, own, lane, _, stores, skip = context
+        if not ends:
+            out = fma(skip, load(row_at, g * turn), scatter_sum(registers[5], lane))
+            if gated:
+                out = out * silu(load(row_at, g * turn + 2 * size))
+            step = uint32(own + uint32(g * owners))
+            if packed:
+                out = select(load_mark(marks, step, rest) == ABSENT, cast(0, out), out)
+            if stores and step < rest:
+                store(y_at, int64(g * owners) * y_step, out)
+
+    # turns that the compiler may interleave: more hide latency, and need registers that more warps could use
+    together = min(turns, 2 if ends else 4)
+    some_turns = unrolled(one_turn, together)
+    saves = steps // interval if interval else 0
 
     def scan(
         u: Data, delta: Data, A: Wide, B: Data, C: Data, D: Wide, z: Data, bias: Wide, entering: Wide, marks: Flags,
@@ -111,6 +163,7 @@ def _scan(
         factor_B = cuda.local.array(states, real)
         factor_C = cuda.local.array(states, real)
         numbers = cuda.local.array(owners, real)
+        cut = cuda.local.array(1, np.dtype(np.uint32))
 
         thread = uint32(cuda.threadIdx.x)
         lane, channel = uint32(thread % uint32(lanes)), uint32(thread // uint32(lanes))
@@ -142,7 +195,8 @@ def _scan(
                 if constant_C:
                     factor_C[n] = load(C, at)
             rate[n] = decay_rate(a[n])
-        skip, shift_by, elapsed, interrupted = zero, zero, zero, uint32(0)
+        skip, shift_by, elapsed = zero, zero, zero
+        cut[0] = uint32(0)
         if here and flags & uint32(SKIP):
             skip = load(D, int64(d))
         if here and flags & uint32(BIAS):
@@ -167,7 +221,7 @@ def _scan(
             C_at = begin_maps(C_at, C_step, int64(1), thread)
         y_at = shift(y, b * y_batch + (start + int64(own)) * y_step + int64(d) * y_dim)
         mark_at = shift(marks, b * int64(seqlen) + start * marks_step) if packed else marks
-        saved_at = checkpoints
+        saved_at, saved_step = checkpoints, int64(dim) * int64(padded)
         if interval > 0:
             row = b * int64((seqlen + uint32(interval - 1)) // uint32(interval)) + int64(t0 // uint32(interval))
             saved_at = shift(checkpoints, (row * int64(dim) + int64(d)) * int64(padded) + int64(n0))
@@ -216,7 +270,7 @@ def _scan(
                     dt = softplus(dt)
                 there = uint32(own + uint32(g * owners)) < rest
                 if packed:
-                    there = there and load_mark(mark_at, marks_step, uint32(own + uint32(g * owners)), rest) != ABSENT
+                    there = there and load_mark((mark_at, marks_step), uint32(own + uint32(g * owners)), rest) != ABSENT
                 dt = select(there, dt, zero)
                 inflow = dt * load(row_at, g * turn)
                 if adjoint:  # u is dout here
@@ -229,48 +283,14 @@ def _scan(
             cuda.syncwarp()
 
             maps_at = shift(widened, odd * uint32(both) + n0) if half else shift(raw, even * uint32(both) + n0)
-            for g in range(turns):
-                for i in range(owners):
-                    step = g * owners + i
-                    if interval > 0 and i % unit == 0 and step % interval == 0:
-                        if here and uint32(step) < rest:
-                            for n in range(states):
-                                store(saved_at, n, h[n])
-                        saved_at = shift(saved_at, int64(dim) * int64(padded))
-                    dt, inflow = load2(channel_pairs, 2 * step)
-                    begins = False
-                    if packed:
-                        begins = load_mark(mark_at, marks_step, uint32(step), rest) == FRESH
-                        if begins:
-                            interrupted = uint32(1)
-                        if begins and not adjoint:
-                            for n in range(states):
-                                h[n] = zero
-                    Bs, Cs = load_maps(maps_at, step * padded)
-                    total = zero
-                    for n in range(states):
-                        flow = inflow * (factor_B[n] if constant_B else Bs[n])
-                        if zoh and not adjoint:
-                            flow = flow * phi(dt * a[n])
-                        decay = exp2(dt * rate[n])
-                        h[n] = decay * (h[n] + flow) if adjoint else state_step(decay, h[n], flow)
-                        if not ends:
-                            total = readout(factor_C[n] if constant_C else Cs[n], h[n], total)
-                    if packed and adjoint:
-                        if begins:
-                            for n in range(states):
-                                h[n] = zero
-                    numbers[i] = total
-                if not ends:
-                    out = fma(skip, load(row_at, g * turn), scatter_sum(numbers, lane))
-                    if gated:
-                        out = out * silu(load(row_at, g * turn + 2 * size))
-                    step = uint32(own + uint32(g * owners))
-                    if packed:
-                        out = select(load_mark(mark_at, marks_step, step, rest) == ABSENT, zero, out)
-                    if stores and step < rest:
-                        store(y_at, 0, out)
-                    y_at = shift(y_at, int64(owners) * y_step)
+            registers = (h, a, rate, factor_B, factor_C, numbers, cut)
+            context = (
+                channel_pairs, maps_at, row_at, y_at, y_step, saved_at, saved_step, (mark_at, marks_step), rest, own,
+                lane, here, stores, skip,
+            )  # fmt: skip
+            for g in range(0, turns, together):
+                some_turns(registers, context, g)
+            y_at, saved_at = shift(y_at, int64(steps) * y_step), shift(saved_at, int64(saves) * saved_step)
             if packed:
                 mark_at = shift(mark_at, int64(steps) * marks_step)
         if ends:
@@ -278,7 +298,7 @@ def _scan(
                 if here:
                     store(last, state_at + int64(n), h[n])
             # a sequence that began inside cuts the states of before off: no decay is infinite
-            elapsed = select(interrupted != uint32(0), cast(np.inf, zero), lane_sum(elapsed))
+            elapsed = select(cut[0] != uint32(0), cast(np.inf, zero), lane_sum(elapsed))
             if here and lane == uint32(0):
                 store(sums, (b * int64(segments) + int64(s)) * int64(dim) + int64(d), elapsed)
         elif here and uint32(s + uint32(1)) == segments:
@@ -286,8 +306,8 @@ def _scan(
                 if uint32(n0 + uint32(n)) < uint32(dstate):
                     store(last, (b * int64(dim) + int64(d)) * int64(dstate) + int64(n0) + int64(n), h[n])
 
-    def load_mark(mark_at, marks_step, step, rest):
-        return load(mark_at, int64(step) * marks_step) if step < rest else NORMAL
+    def load_mark(marks, step, rest):
+        return load(marks[0], int64(step) * marks[1]) if step < rest else NORMAL
 
     def load_maps(maps_at, i):
         if constant_B and not varying_C:

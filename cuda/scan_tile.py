@@ -9,6 +9,7 @@ memory while this one is computed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,27 @@ class Shape(NamedTuple):
         return THREADS // self.lanes
 
 
+@functools.cache
+def division(dstate: int, itemsize: int, *, backward: bool = False) -> Shape:
+    """Return how a channel's states are divided over lanes, and the longest tile whose parts fit shared memory."""
+    if dstate > 128:
+        states, lanes = 8, 32
+    elif dstate > 4:
+        states, lanes = 4, 1 << (-(-dstate // 4) - 1).bit_length()
+    else:
+        states, lanes = 1 << (dstate - 1).bit_length(), 1
+    wide = max(4, itemsize)
+    padded, channels, steps = states * lanes, THREADS // lanes, 16 if backward else 32
+    while True:
+        rows = 2 * (4 if backward else 3) * steps * (channels + 8) * itemsize
+        maps = 4 * steps * padded * (itemsize if itemsize > 2 else itemsize + 4)
+        own = channels * (4 if backward else 2) * (steps + 2) * wide
+        parts = steps * 8 * padded * wide if backward else 0
+        if steps == 1 or rows + maps + own + parts <= 47 * 1024:
+            return Shape(dstate, states, lanes, steps)
+        steps //= 2
+
+
 class Tile(NamedTuple):
     """How a tile of one array lies in shared memory, and how it is copied there."""
 
@@ -93,6 +115,25 @@ def _pitch(length: int, lanes: int, size: int, by_channel: bool) -> int:
 
 
 # --- numbers of a lane and of a channel ---
+
+
+def unrolled(body: Callable[..., None], count: int, *, backwards: bool = False) -> Callable[..., None]:
+    """Return ``f(registers, context, first)`` that calls ``body(registers, context, first + i)`` for every i < `count`.
+
+    There is no loop, so that what is indexed by i stays in registers. `count` is a power of two: Numba compiles one
+    small function for each doubling.
+    """
+    if count == 1:
+        return body
+    half = count // 2
+    part = unrolled(body, half, backwards=backwards)
+    near, far = (half, 0) if backwards else (0, half)
+
+    def twice(registers, context, first):
+        part(registers, context, first + near)
+        part(registers, context, first + far)
+
+    return twice
 
 
 def make_decay_rate(real: np.dtype) -> Any:
@@ -149,7 +190,7 @@ def make_lane_sum(lanes: int) -> Any:
     return lane_sum
 
 
-def _load1(p, i):
+def load1(p, i):
     return (load(p, i),)
 
 
@@ -157,7 +198,7 @@ def _store1(p, i, values):
     store(p, i, values[0])
 
 
-LOAD_STATES = {1: _load1, 2: load2, 4: load4, 8: load8}
+LOAD_STATES = {1: load1, 2: load2, 4: load4, 8: load8}
 STORE_STATES = {1: _store1, 2: store2, 4: store4, 8: store8}
 """A lane's states, neighbours in memory, as a tuple."""
 

@@ -16,29 +16,8 @@ from npmamba.cuda.arrays import aligned, empty, library, strides, zeros
 from npmamba.cuda.launch import wide_dtype
 from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
 from npmamba.cuda.scan_forward import CARRY, FORWARD
-from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape
+from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
 from npmamba.cuda.schedule import step_flags
-
-
-@functools.cache
-def _division(dstate: int, itemsize: int, *, backward: bool = False) -> Shape:
-    """Return how a channel's states are divided over lanes, and the longest tile whose parts fit shared memory."""
-    if dstate > 128:
-        states, lanes = 8, 32
-    elif dstate > 4:
-        states, lanes = 4, 1 << (-(-dstate // 4) - 1).bit_length()
-    else:
-        states, lanes = 1 << (dstate - 1).bit_length(), 1
-    wide = max(4, itemsize)
-    padded, channels, steps = states * lanes, THREADS // lanes, 16 if backward else 32
-    while True:
-        rows = 2 * (4 if backward else 3) * steps * (channels + 8) * itemsize
-        maps = 4 * steps * padded * (itemsize if itemsize > 2 else itemsize + 4)
-        own = channels * (4 if backward else 2) * (steps + 2) * wide
-        parts = steps * 8 * padded * wide if backward else 0
-        if steps == 1 or rows + maps + own + parts <= 47 * 1024:
-            return Shape(dstate, states, lanes, steps)
-        steps //= 2
 
 
 class Saved(NamedTuple):
@@ -171,22 +150,38 @@ def _multiprocessors(cupy: Any, device: int) -> int:
     return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
 
-WARPS_PER_MULTIPROCESSOR = 12
+def _processors(x: Any) -> int:
+    """Return the multiprocessors of the device of `x`; the interpreter has one."""
+    xp = library(x)
+    return 1 if xp is np else _multiprocessors(xp, x.device.id)
+
+
+WARPS_PER_MULTIPROCESSOR = 16
+BACKWARD_SHARE = 0.75
+"""The backward pass needs more registers, so fewer of its warps fit on a multiprocessor."""
 SHORTEST = 8
 """Tiles of the shortest segment: below, handing states on costs more than it brings."""
 
 
-def _segments(work: Work, shape: Shape, unit: int) -> tuple[int, int]:
+def _segments(work: Work, shape: Shape, unit: int, share: float = 1.0) -> tuple[int, int]:
     """Return how long the segments of time are and how many: enough of them to fill the device."""
     batch, _, seqlen = work.u.shape
-    xp = library(work.u)
-    processors = _multiprocessors(xp, work.u.device.id) if xp is not np else 1
-    wanted = WARPS_PER_MULTIPROCESSOR * processors * 32 // THREADS
+    wanted = int(share * WARPS_PER_MULTIPROCESSOR * _processors(work.u)) * 32 // THREADS
     count = min(wanted // max(1, batch * _blocks(work, shape)), seqlen // (SHORTEST * unit))
     if count <= 1:
         return max(seqlen, 1), 1
     length = math.ceil(seqlen / count / unit) * unit
     return length, -(-seqlen // length)
+
+
+def _resident(work: Work, shape: Shape, segments: int) -> int:
+    """Return how many blocks of the backward pass are to share a multiprocessor: more leave each fewer registers."""
+    if work.u.dtype == np.float64 or shape.states > 4:
+        return 1
+    if work.constants["zoh"] or work.constants["packed"]:
+        return 2
+    processors = _processors(work.u)
+    return 4 if 3 * processors < _grid(work, shape, segments)[0] <= 4 * processors else 3
 
 
 def _grid(work: Work, shape: Shape, segments: int) -> tuple[int]:
@@ -258,7 +253,7 @@ def forward(
         u, delta, A, B, C, D, z, delta_bias, softplus=bool(delta_softplus), zoh=discretization == "zoh",
         seq_idx=seq_idx, reverse=reverse,
     )  # fmt: skip
-    shape, back = _division(dstate, dtype.itemsize), _division(dstate, dtype.itemsize, backward=True)
+    shape, back = division(dstate, dtype.itemsize), division(dstate, dtype.itemsize, backward=True)
     y = _like(work, dtype)
     last = empty(u, (batch, dim, dstate), wide)
     initial = _plain(initial_state, wide)
@@ -323,7 +318,7 @@ def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
     u, delta, A, B, C, D, z, delta_bias, initial_state = saved.arguments
     work, dtype = saved.work, saved.work.u.dtype
     wide, (batch, dim, seqlen), dstate = wide_dtype(dtype), u.shape, A.shape[1]
-    shape, ends = _division(dstate, dtype.itemsize, backward=True), _division(dstate, dtype.itemsize)
+    shape, ends = division(dstate, dtype.itemsize, backward=True), division(dstate, dtype.itemsize)
     if dout is None:
         dout = _like(work, dtype)
         dout[...] = 0
@@ -334,7 +329,7 @@ def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
     dinitial = empty(u, (batch, dim, dstate), wide)
     if u.size == 0:
         return _nothing_flows(saved, du, ddelta, dz, dlast)
-    length, segments = _segments(work, shape, max(shape.steps, ends.steps))
+    length, segments = _segments(work, shape, max(shape.steps, ends.steps), BACKWARD_SHARE)
     if segments > 1:
         entering = _entering_back(work, ends, work.reverse, length, segments, dout, dlast)
     else:
@@ -360,7 +355,7 @@ def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
             batch, dim, seqlen, length, segments, blocks, work.groups,
             work.flags | (entering is not None) * ENTERING,
         ),
-        shape=tuple(shape), **layout, **work.constants,
+        shape=tuple(shape), resident=_resident(work, shape, segments), **layout, **work.constants,
     )  # fmt: skip
     dA = _sum(A_parts[None], (dim, dstate), wide, padded, dstate)
     factors = [
@@ -418,10 +413,11 @@ def _sum_maps(work: Work, shape: Shape, parts: Any, blocks: int) -> tuple[Any, A
     """Return dB and dC, (batch, groups, seqlen, dstate), from the parts of the blocks."""
     batch, _, seqlen = work.u.shape
     out = [empty(work.u, (batch, work.groups, seqlen, shape.dstate), work.u.dtype) for _ in "BC"]
-    grid = (-(-batch * seqlen * 2 * shape.padded // MAP_THREADS), work.groups)
+    count = 4 if shape.padded % 4 == 0 else 1
+    grid = (-(-batch * seqlen * 2 * shape.padded // (MAP_THREADS * count)), work.groups)
     SUM_MAPS.launch(
         grid, work.u.dtype,
-        (parts, *out, blocks // work.groups, batch * seqlen, seqlen, shape.padded, shape.dstate),
+        (parts, *out, blocks // work.groups, batch * seqlen, seqlen, shape.padded, shape.dstate), quads=count == 4,
     )  # fmt: skip
     return out[0], out[1]
 
