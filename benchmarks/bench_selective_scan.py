@@ -1,6 +1,7 @@
 """The selective scan on the CPU, forward and forward + backward, against PyTorch, JAX and mambapy.
 
     python benchmarks/bench_selective_scan.py [--quick] [--json FILE]
+    python benchmarks/bench_selective_scan.py --gpu [--quick] [--json FILE]        on a GPU: see selective_scan_gpu.py
 
 Float32, one thread unless --threads says otherwise. "core" is u, delta, A, B, C, D; "full" adds z, delta_bias and the
 softplus. npmamba runs twice: on channel-contiguous memory, (batch, seqlen, dim) arrays seen transposed as a model has
@@ -25,18 +26,30 @@ GOALS = {"forward": 15, "forward + backward": 8}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds; no backward pass at the longest shape")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of alternation (default 9)")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU: kernels, limits, memory, other models")
+    quick = "3 rounds; no backward pass at the longest shape; on a GPU the shapes only, no peers"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--rounds", type=int, help="rounds of alternation (default 9; on a GPU 11, and no fewer)")
     parser.add_argument("--threads", type=int, default=1, help="threads of every contender (default 1)")
-    parser.add_argument("--shape", type=int, action="append", help="run only this shape: 0, 1 or 2; may be repeated")
-    parser.add_argument("--operation", choices=("core", "full"), help="run only this operation")
+    shape = "run only this shape, 0 to 2, on a GPU 0 to 4, and nothing else; may be repeated"
+    parser.add_argument("--shape", type=int, action="append", help=shape)
+    operation = "run only this operation; a GPU runs the full one"
+    parser.add_argument("--operation", choices=("core", "full"), help=operation)
     parser.add_argument("--without", action="append", default=[], help="leave out peers whose name has this in it")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE in benchmarks/results/")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if any(not 0 <= index < (5 if options.gpu else len(SHAPES)) for index in options.shape or ()):
+        parser.error("there is no such shape")
+    return options
 
 
 if __name__ == "__main__":
     OPTIONS = arguments()
+    if OPTIONS.gpu:
+        import selective_scan_gpu
+
+        selective_scan_gpu.main(OPTIONS)
+        raise SystemExit
     harness.limit_threads(OPTIONS.threads)
 
 import numpy as np  # noqa: E402
@@ -179,7 +192,7 @@ def main(options: argparse.Namespace) -> None:
     peers = {n: p for n, p in PEERS.items() if not any(part in n for part in options.without)}
     makers = OWN | peers
     check_agreement(makers)
-    rounds = 3 if options.quick else options.rounds
+    rounds = 3 if options.quick else options.rounds or 9
     report = harness.Report("selective scan, float32", options.threads, rounds=rounds, quick=options.quick)
     rate = exp2_rate()
     report.data["exp2_rate"] = rate
