@@ -7,7 +7,7 @@ import numpy as np
 from npmamba.cuda.cross_entropy_forward import THREADS, WARPS, numbers_of
 from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, shift
 from npmamba.cuda.launch import Kernel
-from npmamba.cuda.rows import row_pointer
+from npmamba.cuda.rows import divided, row_pointer
 from npmamba.cuda.vectors import place_of, readers, width_of, writers
 from npmamba.scalar import select, softmax_term
 
@@ -51,7 +51,7 @@ def _backward(real, data, warps):
         many = load(count, uint32(0))
         scale = load(dout, uint32(0)) / number(select(many > int64(0), many, int64(1)))
         top, factor = load(tops, row), scale / load(sums, row)
-        p = row_pointer(logits, row, inner, outer_stride, inner_stride)
+        p = row_pointer(logits, divided(row, inner), outer_stride, inner_stride)
         out = shift(dlogits, int64(row) * int64(n))
         for k in range(numbers):
             x[k] = number(0)

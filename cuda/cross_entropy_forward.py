@@ -12,7 +12,7 @@ import numpy as np
 
 from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, store
 from npmamba.cuda.launch import Kernel
-from npmamba.cuda.rows import rounded_sum, row_pointer, two_sum
+from npmamba.cuda.rows import divided, rounded_sum, row_pointer, two_sum
 from npmamba.cuda.vectors import place_of, readers, width_of
 from npmamba.scalar import select, softmax_term
 
@@ -131,7 +131,7 @@ def _forward(real, data, warps):
         counted, valid = there and label != ignored, label >= int64(0) and label < int64(n)
         top, total, loss = number(0), number(1), number(0)
         if counted:
-            p = row_pointer(logits, row, inner, outer_stride, inner_stride)
+            p = row_pointer(logits, divided(row, inner), outer_stride, inner_stride)
             target = load(p, uint32(select(valid, label, int64(0))))
             top, total = scan(p, lane, n, wide)
             top, total = merge(top, total)

@@ -102,7 +102,7 @@ def forward(weight: Any, input_ids: Any, *, save: bool) -> tuple[Any, Saved | No
     words = _words(weight)
     copy, n = out.reshape(-1, d_model).view(words.dtype), words.shape[1]
     raw, size = copy.view(np.uint8), words.itemsize
-    numbers = (n, ids.size, vocab, size, size == 4 and wide(words))
+    numbers = (n, ids.size, vocab, size, int(size == 4 and wide(words)))
     grid = (-(-ids.size // WARPS), -(-n // (32 * WORDS)))
     FORWARD.launch(grid, words.dtype, (words, words.strides[0] // size, ids, copy, raw, *numbers))
     return out, Saved(input_ids, vocab) if save else None
@@ -118,7 +118,7 @@ def backward(dout: Any, saved: Saved) -> tuple[Any]:
     parts = empty(dout, (ids.size // CHUNK, d_model), compute_dtype(dout.dtype))
     dweight = empty(dout, (vocab, d_model), dout.dtype)
     x = lines(dout)
-    aligned, inner, pieces = wide(x.array), inner_rows(x), -(-d_model // (32 * width_of(dout.dtype)))
+    aligned, inner, pieces = int(wide(x.array)), inner_rows(x), -(-d_model // (32 * width_of(dout.dtype)))
     grid = (-(-ids.size // (CHUNK * WARPS)), pieces)
     CHUNKS.launch(grid, dout.dtype, (*x, keys, tokens, begins, ends, parts, d_model, ids.size, inner, aligned))
     warps = WARPS if vocab * pieces <= MANY else 1

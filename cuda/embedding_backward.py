@@ -11,7 +11,7 @@ import numpy as np
 
 from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel
-from npmamba.cuda.rows import rounded_sum, row_pointer, smaller, two_sum
+from npmamba.cuda.rows import divided, rounded_sum, row_pointer, smaller, two_sum
 from npmamba.cuda.vectors import givers, takers, width_of
 from npmamba.scalar import select
 
@@ -29,7 +29,7 @@ def _batch(real, data):
 
     def token_row(dout, outer_stride, inner_stride, inner, tokens, k, count, i):
         token = uint32(load(tokens, uint32(k + select(uint32(i) < count, uint32(i), uint32(0)))))
-        return row_pointer(dout, token, inner, outer_stride, inner_stride)
+        return row_pointer(dout, divided(token, inner), outer_stride, inner_stride)
 
     def part_row(parts, k, count, i, n):
         part = uint32(k // uint32(CHUNK)) + select(uint32(i) < count, uint32(i), uint32(0))

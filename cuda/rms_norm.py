@@ -39,8 +39,9 @@ def forward(x: Any, weight: Any, residual: Any, *, eps: float, save: bool) -> An
     a = lines(x)
     b = lines(residual) if fused else a
     power, blocks = _division(n, rows, real)
-    numbers = (float(eps), 1 / n, n, rows, inner_rows(a, b), power, int(fused), wide(a.array, b.array, weight))
-    FORWARD.launch((blocks,), x.dtype, (*a, *b, weight, y, sums, rstd, *numbers))
+    numbers = (float(eps), 1 / n, n, rows, inner_rows(a, b), power, int(fused))
+    arguments = (*a, *b, weight, y, sums, rstd, *numbers)
+    FORWARD.launch((blocks,), x.dtype, arguments, wide=wide(a.array, b.array, weight))
     return y, sums, Saved(x, weight, residual, sums if fused else x, rstd) if save else None
 
 
@@ -54,8 +55,10 @@ def backward(dout: Any, dresidual: Any, saved: Saved) -> tuple[Any, ...]:
     power, blocks = _division(n, rows, real)
     whole = n <= THREADS * numbers_of(real)  # else a block adds up its part where it stands
     parts = (empty if whole else zeros)(x, (min(blocks, BLOCKS), n), real)
-    numbers = (1 / n, n, rows, inner_rows(a, b, c), power, int(fused), wide(a.array, b.array, c.array, weight))
-    BACKWARD.launch(parts.shape[:1], x.dtype, (*a, *b, *c, weight, rstd, dx, parts, *numbers))
+    numbers = (1 / n, n, rows, inner_rows(a, b, c), power, int(fused))
+    arguments = (*a, *b, *c, weight, rstd, dx, parts, *numbers)
+    aligned = wide(a.array, b.array, c.array, weight)
+    BACKWARD.launch(parts.shape[:1], x.dtype, arguments, wide=aligned, whole=whole)
     return dx, _column_sums(parts), None if residual is None else dx
 
 

@@ -49,9 +49,9 @@ def inner_rows(*every: Lines) -> int:
     return max(1, outer * inner if even or outer == 1 else inner)
 
 
-def wide(*arrays: Any) -> int:
-    """Return 1 if the rows of all arrays begin and end at multiples of 16 bytes, else 0."""
-    return int(all(x.shape[-1] % width_of(x.dtype) == 0 and aligned(x) for x in arrays))
+def wide(*arrays: Any) -> bool:
+    """Tell whether the rows of all arrays begin and end at multiples of 16 bytes."""
+    return all(x.shape[-1] % width_of(x.dtype) == 0 and aligned(x) for x in arrays)
 
 
 def team_of(n: int, threads: int, numbers: int) -> int:
@@ -65,13 +65,17 @@ def team_of(n: int, threads: int, numbers: int) -> int:
 # --- in kernels ---
 
 
-def row_pointer(p, row, inner, outer_stride, inner_stride):
-    """Return the pointer to a row of `Lines`."""
-    offset = int64(row) * inner_stride
+def divided(row, inner):
+    """Return where a row stands on the outer axis, and where on the inner one."""
+    outer = uint32(0)
     if row >= inner:
-        outer = row // inner
-        offset = int64(outer) * outer_stride + int64(uint32(row - uint32(outer * inner))) * inner_stride
-    return shift(p, offset)
+        outer = uint32(row // inner)
+    return outer, uint32(row - uint32(outer * inner))
+
+
+def row_pointer(p, at, outer_stride, inner_stride):
+    """Return the pointer to a row of `Lines`, which stands where `divided` says."""
+    return shift(p, int64(at[0]) * outer_stride + int64(at[1]) * inner_stride)
 
 
 def smaller(x, y):

@@ -109,6 +109,16 @@ def place_of(width: int) -> Any:
     return place
 
 
+def inside_of(width: int, whole: bool) -> Any:
+    """Build ``inside(first, step, k, n)``: whether a number is one of the row. `whole` vectors are or are not."""
+    place, unit = place_of(width), width if whole else 1
+
+    def inside(first, step, k, n):
+        return place(first, step, k // unit * unit) < n
+
+    return inside
+
+
 def _each(one: Any, width: int, count: int) -> Any:
     place = place_of(width)
 
