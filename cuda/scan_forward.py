@@ -35,6 +35,8 @@ from npmamba.cuda.scan_tile import (
     SOFTPLUS,
     THREADS,
     Shape,
+    is_present,
+    is_within,
     make_copy,
     make_decay_rate,
     make_lane_sum,
@@ -67,9 +69,10 @@ def _scan(
     pair_pitch = 2 * steps + 4
     rows_size, raw_size, widened_size, pairs_size = 2 * stage, 2 * both, 2 * both if half else 4, channels * pair_pitch
     begin_rows, copy_rows = make_copy(tile.rows, tile.length, tile.pitch, data.itemsize, wide)
-    begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps)
+    is_there = is_present if packed else is_within
+    begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps, is_there)
     scatter_sum, lane_sum = make_scatter_sum(lanes, owners), make_lane_sum(owners)
-    load_states, decay_rate = LOAD_STATES[states], make_decay_rate(real)
+    load_states, decay_rate, lowest = LOAD_STATES[states], make_decay_rate(real), float(np.finfo(real).min)
     first_map, end_map = maps if constant_B else 0, both if varying_C else maps
     fills = -(-(end_map - first_map) // (4 * THREADS))
 
@@ -171,6 +174,8 @@ def _scan(
         # blocks of channels lie side by side in the grid: they share B and C in the second-level cache
         place = uint32(cuda.blockIdx.x)
         block, s, b = uint32(place % blocks), uint32(place // blocks % segments), int64(place // blocks // segments)
+        if ends and uint32(s + uint32(1)) == segments:
+            return  # nothing comes after the last segment
         per_group = uint32(blocks // groups)
         group = uint32(block // per_group)
         group_dim = uint32(dim // groups)
@@ -195,6 +200,7 @@ def _scan(
                 if constant_C:
                     factor_C[n] = load(C, at)
             rate[n] = decay_rate(a[n])
+            a[n] = select(a[n] < cast(lowest, zero), cast(lowest, zero), a[n])
         skip, shift_by, elapsed = zero, zero, zero
         cut[0] = uint32(0)
         if here and flags & uint32(SKIP):
@@ -221,6 +227,7 @@ def _scan(
             C_at = begin_maps(C_at, C_step, int64(1), thread)
         y_at = shift(y, b * y_batch + (start + int64(own)) * y_step + int64(d) * y_dim)
         mark_at = shift(marks, b * int64(seqlen) + start * marks_step) if packed else marks
+        coming_marks = mark_at
         saved_at, saved_step = checkpoints, int64(dim) * int64(padded)
         if interval > 0:
             row = b * int64((seqlen + uint32(interval - 1)) // uint32(interval)) + int64(t0 // uint32(interval))
@@ -248,13 +255,16 @@ def _scan(
                 z_at = shift(z_at, int64(steps) * z_step)
             u_at, delta_at = shift(u_at, int64(steps) * u_step), shift(delta_at, int64(steps) * delta_step)
             coming = remaining(length, k)
+            there = (coming, coming_marks, marks_step) if packed else coming
             at = odd * uint32(both)
             if not constant_B:
-                copy_maps(raw, at, B_at, B_step, int64(1), coming, uint32(dstate), thread, zero)
+                copy_maps(raw, at, B_at, B_step, int64(1), there, uint32(dstate), thread, zero)
                 B_at = shift(B_at, int64(steps) * B_step)
             if varying_C:
-                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), coming, uint32(dstate), thread, zero)
+                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), there, uint32(dstate), thread, zero)
                 C_at = shift(C_at, int64(steps) * C_step)
+            if packed:
+                coming_marks = shift(coming_marks, int64(steps) * marks_step)
             commit_async()
             if half and k > int32(0):
                 widen(raw, widened, even * uint32(both), thread)
@@ -344,11 +354,12 @@ def _carry(real, padded):
             at = b * int64(segments) * int64(dim) + d
             while s < segments:
                 store(entering, at * int64(padded) + n, h)
-                elapsed = load(sums, at)
-                decay = select(elapsed == cast(np.inf, elapsed), zero, exp2(elapsed * rate))
-                h = state_step(decay, h, load(states, at * int64(padded) + n))
-                at += int64(dim)
                 s = uint32(s + uint32(1))
+                if s < segments:
+                    elapsed = load(sums, at)
+                    decay = select(elapsed == cast(np.inf, elapsed), zero, exp2(elapsed * rate))
+                    h = state_step(decay, h, load(states, at * int64(padded) + n))
+                at += int64(dim)
 
     decay_rate = make_decay_rate(real)
     return carry
