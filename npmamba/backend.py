@@ -41,6 +41,9 @@ def array_module(op: str, **arrays: Any) -> ModuleType:
     ValueError
         If CuPy arrays are on two GPUs, or on one that is not the current one, where nothing could be launched.
     """
+    kinds = {type(x) for x in arrays.values() if x is not None}
+    if len(kinds) == 1 and np.ndarray in kinds:
+        return np
     first: tuple[str, str] | None = None
     for name, x in arrays.items():
         if x is None:

@@ -41,6 +41,46 @@ def _expectation(name: str, x: Any, layouts: tuple[str, ...]) -> str:
     return f"{name} must be {expected}, got shape {tuple(x.shape)}"
 
 
+class Known:
+    """The calls whose arguments were found right: shapes, dtypes and options that came before need no second look.
+
+    A check of a dozen arguments takes longer than a GPU needs for a small scan. A call is known by the operation, the
+    shape and dtype of each array, and the options with their types.
+
+    Examples
+    --------
+    >>> known = Known()
+    >>> call = known.call("scan", (np.zeros(3), None), (True,))
+    >>> call in known, known.add(call), known.call("scan", (np.ones(3), None), (True,)) in known
+    (False, None, True)
+    >>> known.call("scan", (np.ones(3), None), (1,)) in known, known.call("scan", (np.ones(3),), ([],)) in known
+    (False, False)
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._calls: set[Any] = set()
+
+    @staticmethod
+    def call(op: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what a call is known by."""
+        kinds = [None if x is None else (x.shape, x.dtype) for x in arrays]
+        return (op, *kinds, *options, *map(type, options))
+
+    def __contains__(self, call: tuple[Any, ...]) -> bool:
+        try:
+            return call in self._calls
+        except TypeError:  # an option that cannot be hashed is none that any operation takes
+            return False
+
+    def add(self, call: tuple[Any, ...]) -> None:
+        """Remember a call that was found right."""
+        if len(self._calls) >= self.LIMIT:  # lengths that vary for ever must not fill the memory
+            self._calls.clear()
+        self._calls.add(call)
+
+
 class Arguments:
     """The checked arguments of one call: axis lengths and dtypes, bound as arguments are seen.
 
