@@ -36,6 +36,8 @@ from npmamba.cuda.scan_tile import (
     SOFTPLUS,
     THREADS,
     Shape,
+    is_present,
+    is_within,
     load1,
     make_copy,
     make_decay_rate,
@@ -130,7 +132,8 @@ def _backward(
     quads_size, parts_size = channels * quad_pitch, steps * WARPS * sums_pitch
     history_size = (steps + 1) * states
     begin_rows, copy_rows = make_copy(tile.rows, tile.length, tile.pitch, data.itemsize, wide)
-    begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps)
+    is_there = is_present if packed else is_within
+    begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps, is_there)
     scatter_sum, lane_sum = make_scatter_sum(lanes, owners), make_lane_sum(owners)
     channel_sum = make_channel_sum(lanes, 2 * states)
     load_states, decay_rate = LOAD_STATES[states], make_decay_rate(real)
@@ -252,18 +255,20 @@ def _backward(
         y, dinflow, drate = own_sum(sums, 0, lane), own_sum(sums, 1, lane), own_sum(sums, 2, lane)
         dt, _, dy, slope = load4(own_quads, 4 * g * owners)
         x = load(row_at, g * turn)
+        step = uint32(own + uint32(g * owners))
+        if packed:
+            absent = load_mark(steps_context[3], steps_context[4], step, rest) == ABSENT
+            x = select(absent, cast(0, x), x)
         if zoh:
             ddt = fma(drate, cast(LN2, x), own_sum(sums, 3, lane) * x)
         else:
             ddt = fma(drate, cast(LN2, x), dinflow * x)
         ddelta = ddt * slope
-        step = uint32(own + uint32(g * owners))
         du, dz = fma(dinflow, dt, dy * skip), cast(0, x)
         if gated:
             cotangent = load(row_at, g * turn + 3 * size)
             dz = cotangent * fma(skip, x, y) * silu_derivative(load(row_at, g * turn + 2 * size))
         if packed:
-            absent = load_mark(steps_context[3], steps_context[4], step, rest) == ABSENT
             zero = cast(0, x)
             du, ddelta, dz = select(absent, zero, du), select(absent, zero, ddelta), select(absent, zero, dz)
         if stores and step < rest:
@@ -384,6 +389,7 @@ def _backward(
         ddelta_at = shift(ddelta, b * ddelta_batch + (last + int64(own)) * ddelta_step + int64(d) * ddelta_dim)
         dz_at = shift(dz, b * dz_batch + (last + int64(own)) * dz_step + int64(d) * dz_dim)
         mark_at = shift(marks, b * int64(seqlen) + last * marks_step) if packed else marks
+        coming_marks = mark_at
         interval = b * int64((seqlen + uint32(steps - 1)) // uint32(steps)) + last // int64(steps)
         saved_at = shift(checkpoints, (interval * int64(dim) + int64(d)) * int64(padded) + int64(n0))
         map_at = shift(map_parts, ((int64(block) * int64(batch) + b) * int64(seqlen) + last) * int64(sums_pitch))
@@ -425,13 +431,16 @@ def _backward(
             u_at, delta_at = shift(u_at, -int64(steps) * u_step), shift(delta_at, -int64(steps) * delta_step)
             dout_at = shift(dout_at, -int64(steps) * dout_step)
             coming = remaining(length, tiles - int32(1) - k)
+            wanted = (coming, coming_marks, marks_step) if packed else coming
             at = odd * uint32(both)
             if not constant_B:
-                copy_maps(raw, at, B_at, B_step, int64(1), coming, uint32(dstate), thread, zero)
+                copy_maps(raw, at, B_at, B_step, int64(1), wanted, uint32(dstate), thread, zero)
                 B_at = shift(B_at, -int64(steps) * B_step)
             if not constant_C:
-                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), coming, uint32(dstate), thread, zero)
+                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), wanted, uint32(dstate), thread, zero)
                 C_at = shift(C_at, -int64(steps) * C_step)
+            if packed:
+                coming_marks = shift(coming_marks, -int64(steps) * marks_step)
             commit_async()
             if half and k > int32(0):
                 widen(raw, widened, even * uint32(both), thread)
@@ -562,21 +571,25 @@ def _sum_maps(real, data, quads):
     load_some = load4 if quads else load1
 
     def add(total, at):
-        for c, part in enumerate(load_some(at, 0)):
-            total[c] += part
+        numbers = load_some(at, 0)
+        for c in range(count):
+            total[c] += numbers[c]
 
     def sum_maps(
-        parts: Wide, dB: Data, dC: Data, blocks: Size, rows: Stride, group_rows: Stride, padded: Size, width: Size
-    ):
+        parts: Wide, dB: Data, dC: Data, blocks: Size, groups: Size, rows: Stride, group_rows: Stride, padded: Size,
+        width: Size,
+    ):  # fmt: skip
         """Equation: dB, dC[g, row, n] = sum of the parts [block, row, (B or C, n)] of the blocks of group g.
         Threads: one per `count` neighbouring numbers, blocks of channels one after the other.
         Owns: its numbers of dB or dC; rows are (batch, seqlen).
         """
         total = cuda.local.array(count, real)
-        i = (int64(cuda.blockIdx.x) * int64(MAP_THREADS) + int64(cuda.threadIdx.x)) * int64(count)
-        group = int64(cuda.blockIdx.y)
         both = int64(padded) * int64(2)
         step = rows * both
+        share = int64(MAP_THREADS * count)
+        per_group = (step + share - int64(1)) // share
+        group = int64(cuda.blockIdx.x) // per_group
+        i = int64(cuda.blockIdx.x) % per_group * share + int64(cuda.threadIdx.x) * int64(count)
         if i < step:
             for c in range(count):
                 total[c] = cast(0, load(parts, 0))
@@ -593,7 +606,7 @@ def _sum_maps(real, data, quads):
                 k = uint32(k + uint32(1))
             row = i // both
             batch, t = row // group_rows, row % group_rows
-            to = ((batch * int64(cuda.gridDim.y) + group) * group_rows + t) * int64(width)
+            to = ((batch * int64(groups) + group) * group_rows + t) * int64(width)
             for c in range(count):
                 column = uint32(i % both + int64(c))
                 n = uint32(column % padded)

@@ -255,13 +255,13 @@ def _scan(
                 z_at = shift(z_at, int64(steps) * z_step)
             u_at, delta_at = shift(u_at, int64(steps) * u_step), shift(delta_at, int64(steps) * delta_step)
             coming = remaining(length, k)
-            there = (coming, coming_marks, marks_step) if packed else coming
+            wanted = (coming, coming_marks, marks_step) if packed else coming
             at = odd * uint32(both)
             if not constant_B:
-                copy_maps(raw, at, B_at, B_step, int64(1), there, uint32(dstate), thread, zero)
+                copy_maps(raw, at, B_at, B_step, int64(1), wanted, uint32(dstate), thread, zero)
                 B_at = shift(B_at, int64(steps) * B_step)
             if varying_C:
-                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), there, uint32(dstate), thread, zero)
+                copy_maps(raw, at + uint32(maps), C_at, C_step, int64(1), wanted, uint32(dstate), thread, zero)
                 C_at = shift(C_at, int64(steps) * C_step)
             if packed:
                 coming_marks = shift(coming_marks, int64(steps) * marks_step)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.cuda.device import copy_async, cuda, load, load2, load4, load8, shift, store, store2, store4, store8
+from npmamba.cuda.schedule import ABSENT
 from npmamba.scalar import cast, select
 
 uint32, int64 = np.uint32, np.int64
@@ -206,13 +207,27 @@ STORE_STATES = {1: _store1, 2: store2, 4: store4, 8: store8}
 # --- tiles ---
 
 
-def make_copy(rows: int, length: int, pitch: int, size: int, wide: bool) -> tuple[Any, Any]:
+def is_within(row, rows_left):
+    """Tell whether a row of a tile is among those that are left."""
+    return row < rows_left
+
+
+def is_present(row, steps):
+    """Tell whether a row is among the steps that are left, and no padding: what stands there may be no number."""
+    left, marks, marks_step = steps
+    return row < left and load(marks, int64(row) * marks_step) != ABSENT
+
+
+def make_copy(
+    rows: int, length: int, pitch: int, size: int, wide: bool, is_there: Any = is_within
+) -> tuple[Any, Any]:
     """Build the copy of `rows` rows of `length` neighbours from global memory to rows `pitch` apart in shared memory.
 
     With `wide` the copies are asynchronous and 16 bytes each, which needs aligned rows whose length is a multiple of
     that; else neighbours may lie `stride` apart. ``begin(p, row_stride, stride, thread)`` returns the pointer to a
     thread's own first piece, which moves with the tile; ``copy(shared, at, p, row_stride, stride, rows_left, left,
-    thread, zero)`` brings the tile, with zeros for what lies beyond the rows and places that are left.
+    thread, zero)`` brings the tile, with zeros for what lies beyond the rows and places that are left; ``is_there(row,
+    rows_left)`` tells of a row.
     """
     unit = LINE // size if wide else 1
     pieces = length // unit
@@ -238,7 +253,7 @@ def make_copy(rows: int, length: int, pitch: int, size: int, wide: bool) -> tupl
             else:
                 offset = (int64(row) - int64(own_row)) * row_stride + (int64(place) - int64(own_place)) * stride
             if exact or i < uint32(rows * pieces):
-                there = row < rows_left and uint32(place * uint32(unit)) < left
+                there = is_there(row, rows_left) and uint32(place * uint32(unit)) < left
                 to = at + row * uint32(pitch) + place * uint32(unit)
                 if wide:
                     copy_async(shared, to, p, offset, there)

@@ -14,6 +14,7 @@ import numpy as np
 
 from npmamba.cuda.arrays import aligned, empty, library, strides, zeros
 from npmamba.cuda.launch import wide_dtype
+from npmamba.cuda.layout import native
 from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
 from npmamba.cuda.scan_forward import CARRY, FORWARD
 from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
@@ -59,35 +60,26 @@ def _is_by_channel(x: Any) -> bool:
 
 
 def _walkable(x: Any, by_channel: bool) -> Any:
-    """Return `x`, or a copy where its neighbours in memory are neither channels nor steps, or not its own elements."""
-    xp = library(x)
-    if not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))
-    if x.strides[2 if by_channel else 1] == x.itemsize and all(s % x.itemsize == 0 for s in x.strides):
+    """Return `x`, or a copy where its neighbours in memory are not those that are asked for.
+
+    Bytes in another order, or between the places of numbers, are copied too.
+    """
+    xp, x = library(x), native(x, _own_dtype(x))
+    if x.strides[2 if by_channel else 1] == x.itemsize:
         return x
     return xp.ascontiguousarray(x) if by_channel else xp.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _is_wide(x: Any, by_channel: bool, unit_of: int, reverse: bool) -> bool:
-    """Tell whether 16 bytes at a time can be read of rows that are cut at multiples of `unit_of` elements."""
-    along = x if by_channel else x.swapaxes(1, 2)
-    if by_channel and reverse:
-        return False
-    return unit_of * x.itemsize % 16 == 0 and aligned(along)
-
-
-def _map(M: Any, shape: tuple[int, int, int], groups: int) -> Any:
+def _map(M: Any) -> Any:
     """Return a map as (batch, groups, seqlen, dstate) with neighbouring states, or a constant one as it is."""
     if M.ndim == 2:
-        return library(M).ascontiguousarray(M)
-    steps = (M if M.ndim == 4 else M[:, None]).swapaxes(2, 3)
-    if steps.strides[3] != steps.itemsize or not steps.dtype.isnative:
-        steps = library(M).ascontiguousarray(steps.astype(steps.dtype.newbyteorder("="), copy=False))
-    return steps
+        return _plain(M, _own_dtype(M))
+    steps = native(M if M.ndim == 4 else M[:, None], _own_dtype(M)).swapaxes(2, 3)
+    return steps if steps.strides[3] == steps.itemsize else library(M).ascontiguousarray(steps)
 
 
 def _plain(x: Any, dtype: Any) -> Any:
-    return None if x is None else library(x).ascontiguousarray(x, dtype)
+    return None if x is None else library(x).ascontiguousarray(native(x, dtype))
 
 
 def _prepare(
@@ -98,7 +90,7 @@ def _prepare(
     by_channel = _is_by_channel(u)
     groups = max(M.shape[1] if M.ndim == 4 else 1 for M in (B, C))
     u, delta, z = (None if x is None else _walkable(x, by_channel) for x in (u, delta, z))
-    B, C = (_map(M, u.shape, groups) for M in (B, C))
+    B, C = _map(B), _map(C)
     marks = None if seq_idx is None else step_flags(seq_idx, reverse)
     constants = {
         "gated": z is not None,
@@ -118,16 +110,20 @@ def _blocks(work: Work, shape: Shape) -> int:
     return work.groups * -(-(work.u.shape[1] // work.groups) // shape.channels)
 
 
-def _layout(work: Work, shape: Shape, itemsize: int, *arrays: Any) -> dict[str, bool]:
-    """Return the constants that tell how the kernels may read: rows that are steps or channels, and how wide."""
-    group_dim = work.u.shape[1] // work.groups
-    cut = work.u.shape[2] if work.by_channel else group_dim
-    if work.by_channel:
-        cut = int(np.gcd(cut, shape.steps))
-    wide = all(_is_wide(x, work.by_channel, cut, work.reverse) for x in arrays if x is not None)
+def _layout(work: Work, shape: Shape, reverse: bool, *arrays: Any) -> dict[str, bool]:
+    """Return the constants that tell how the kernels may read: rows that are steps or channels, and how wide.
+
+    16 bytes at a time where rows begin at multiples of that, tiles and segments cut them there, and they are read in
+    the direction in which they lie; `reverse` is that of the launch, the other one than the scan's where it goes back.
+    """
+    by_channel, size = work.by_channel, work.u.itemsize
+    _, dim, seqlen = work.u.shape
+    cut = math.gcd(seqlen, shape.steps) if by_channel else math.gcd(dim // work.groups, shape.channels)
+    rows = [x if by_channel else x.swapaxes(1, 2) for x in arrays if x is not None]
+    wide = cut * size % 16 == 0 and not (by_channel and reverse) and all(map(aligned, rows))
     maps = [M for M in (work.B, work.C) if M.ndim == 4]
-    wide_maps = shape.dstate == shape.padded and shape.padded * itemsize % 16 == 0 and all(map(aligned, maps))
-    return {"by_channel": work.by_channel, "wide": wide, "wide_maps": wide_maps}
+    wide_maps = shape.dstate == shape.padded and shape.padded * size % 16 == 0 and all(map(aligned, maps))
+    return {"by_channel": by_channel, "wide": wide, "wide_maps": wide_maps}
 
 
 def _map_strides(M: Any, reverse: bool) -> tuple[Any, tuple[int, int, int]]:
@@ -194,7 +190,7 @@ def _scan(
 ) -> None:  # fmt: skip
     """Launch FORWARD over (u, delta, z), or what stands in their place, in the direction asked for."""
     dtype = work.u.dtype
-    layout = _layout(work, shape, dtype.itemsize, *arrays)
+    layout = _layout(work, shape, reverse, *arrays)
     (u, u_strides), (delta, delta_strides) = (_rows(x, reverse) for x in arrays[:2])
     z, z_strides = (None, (0, 0, 0)) if arrays[2] is None else _rows(arrays[2], reverse)
     y, last, checkpoints, sums = outputs
@@ -340,7 +336,7 @@ def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
     A_parts = empty(u, (batch * segments, dim, padded), wide)
     factor_parts = empty(u, (2, batch * segments, dim, padded) if constant_B or constant_C else (0,), wide)
     channel_parts = empty(u, (2, batch * segments, dim), wide)
-    layout = _layout(work, shape, dtype.itemsize, work.u, work.delta, work.z, dout)
+    layout = _layout(work, shape, work.reverse, work.u, work.delta, work.z, dout)
     in_order = [_rows(x, work.reverse) if x is not None else (None, (0, 0, 0)) for x in (
         work.u, work.delta, work.z, dout, du, ddelta, dz)]  # fmt: skip
     (B_at, B_strides), (C_at, C_strides) = (_map_strides(M, work.reverse) for M in (work.B, work.C))
@@ -363,16 +359,14 @@ def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
         for k, constant in enumerate((constant_B, constant_C))
     ]
     dD, dbias = _sum(channel_parts, (2, dim), wide, dim, dim)
-    dB = dC = None
-    if map_parts.size:
-        dB, dC = _sum_maps(work, shape, map_parts, blocks)
+    dB, dC = _map_gradients(work, shape, map_parts, blocks)
     original = _own_dtype(u)
     gradients = (
         du,
         ddelta,
         dA,
-        factors[0] if constant_B else _map_gradient(dB, B, work.reverse),
-        factors[1] if constant_C else _map_gradient(dC, C, work.reverse),
+        factors[0] if constant_B else dB[:, 0] if B.ndim == 3 else dB,
+        factors[1] if constant_C else dC[:, 0] if C.ndim == 3 else dC,
         None if D is None else dD,
         dz,
         None if delta_bias is None else dbias,
@@ -409,25 +403,23 @@ def _sum(parts: Any, shape: tuple[int, ...], dtype: Any, padded: int, width: int
     return out
 
 
-def _sum_maps(work: Work, shape: Shape, parts: Any, blocks: int) -> tuple[Any, Any]:
+def _map_gradients(work: Work, shape: Shape, parts: Any, blocks: int) -> list[Any]:
+    """Return dB and dC, (batch, groups, dstate, seqlen), in the order of the arguments; None for a constant map.
+
+    Where only one of the maps has groups, the sums are made twice: over the channels of a group, and over all.
+    """
+    counts = [None if M.ndim == 2 else M.shape[1] for M in (work.B, work.C)]
+    sums = {groups: _sum_maps(work, shape, parts, blocks, groups) for groups in {*counts} - {None}}
+    flip = np.s_[:, :, ::-1] if work.reverse else np.s_[:]
+    return [None if n is None else sums[n][which][flip].swapaxes(2, 3) for which, n in enumerate(counts)]
+
+
+def _sum_maps(work: Work, shape: Shape, parts: Any, blocks: int, groups: int) -> tuple[Any, Any]:
     """Return dB and dC, (batch, groups, seqlen, dstate), from the parts of the blocks."""
     batch, _, seqlen = work.u.shape
-    out = [empty(work.u, (batch, work.groups, seqlen, shape.dstate), work.u.dtype) for _ in "BC"]
+    out = [empty(work.u, (batch, groups, seqlen, shape.dstate), work.u.dtype) for _ in "BC"]
     count = 4 if shape.padded % 4 == 0 else 1
-    grid = (-(-batch * seqlen * 2 * shape.padded // (MAP_THREADS * count)), work.groups)
-    SUM_MAPS.launch(
-        grid, work.u.dtype,
-        (parts, *out, blocks // work.groups, batch * seqlen, seqlen, shape.padded, shape.dstate), quads=count == 4,
-    )  # fmt: skip
+    grid = (groups * -(-batch * seqlen * 2 * shape.padded // (MAP_THREADS * count)),)
+    numbers = (blocks // groups, groups, batch * seqlen, seqlen, shape.padded, shape.dstate)
+    SUM_MAPS.launch(grid, work.u.dtype, (parts, *out, *numbers), quads=count == 4)
     return out[0], out[1]
-
-
-def _map_gradient(dM: Any, M: Any, reverse: bool) -> Any:
-    """Return the gradient of a map in its shape: of each group's own, or, of one for all, summed over the groups."""
-    if reverse:
-        dM = dM[:, :, ::-1]
-    if M.ndim == 4 and M.shape[1] == dM.shape[1]:
-        return dM.swapaxes(2, 3)
-    dM = dM[:, 0] if dM.shape[1] == 1 else dM.sum(axis=1, dtype=wide_dtype(dM.dtype)).astype(dM.dtype)
-    dM = dM.swapaxes(1, 2)
-    return dM[:, None] if M.ndim == 4 else dM
