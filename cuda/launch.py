@@ -49,6 +49,7 @@ class Specialization(NamedTuple):
     blocks: int
 
 
+Groups = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Run = Callable[[Specialization, tuple[int, ...], tuple[Any, ...], int], None]
 _interpreter: Run | None = None
 
@@ -76,11 +77,14 @@ class Kernel:
         Threads of a block, or a function of the constants that returns them.
     blocks : int or callable
         Blocks that are to fit on one multiprocessor together, likewise; bounds the registers. 1 leaves them free.
-    shipped : mapping or sequence of mappings, optional
+    shipped : mapping or sequence of mappings, or a function of the dtype that returns such, optional
         The values of each constant that the package uses, in every combination; several mappings are used side by
         side. Others are refused, so that what runs is what the tests have compiled. Without it anything goes.
     dtypes : sequence of str
         The dtypes that the package uses.
+    others : bool
+        Whether other constants may be used too, and what is shipped are examples for the tests: where sizes and options
+        of a call are constants of its kernel, there are too many to compile them all.
     """
 
     def __init__(
@@ -89,11 +93,15 @@ class Kernel:
         threads: int | Callable[..., int],
         blocks: int | Callable[..., int] = 1,
         *,
-        shipped: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        shipped: Groups | Callable[[np.dtype], Groups] | None = None,
         dtypes: Sequence[str] = FLOATS,
+        others: bool = False,
     ) -> None:
-        self.build, self.threads, self.blocks, self.dtypes = build, threads, blocks, dtypes
-        self.shipped = None if shipped is None else _combinations(shipped)
+        self.build, self.threads, self.blocks, self.dtypes, self.others = build, threads, blocks, dtypes, others
+        self.shipped: dict[str, list[dict[str, Any]]] | None = None
+        if shipped is not None:
+            groups = {name: shipped(np.dtype(name)) if callable(shipped) else shipped for name in dtypes}
+            self.shipped = {name: _combinations(group) for name, group in groups.items()}
         self.name = f"{build.__module__.rsplit('.', 1)[-1]}.{build.__name__.lstrip('_')}"
         given = build.__code__.co_varnames[: build.__code__.co_argcount]
         self.constants = tuple(name for name in given if name not in ("real", "data"))
@@ -112,7 +120,7 @@ class Kernel:
         dtype = np.dtype(dtype)
         told = "".join(f"-{name}={value}" for name, value in sorted(constants.items()))
         name = f"{self.name}-{dtype}{told}"
-        if self.shipped is not None and (constants not in self.shipped or dtype.name not in self.dtypes):
+        if self.shipped is not None and not self.others and constants not in self.shipped.get(dtype.name, ()):
             raise ValueError(f"{name} is not among the kernels that are shipped; its declaration says which are")
         data = {"data": dtype} if self._wants_data else {}
         function = self.build(wide_dtype(dtype), **data, **constants)
@@ -121,7 +129,7 @@ class Kernel:
 
     def specializations(self) -> list[Specialization]:
         """Return all that are shipped."""
-        return [self.specialize(dtype, **chosen) for dtype in self.dtypes for chosen in self.shipped or ()]
+        return [self.specialize(dtype, **chosen) for dtype, group in (self.shipped or {}).items() for chosen in group]
 
     def launch(
         self, grid: tuple[int, ...], dtype: Any, arguments: tuple[Any, ...], *, shared: int = 0, **constants: Any
@@ -172,7 +180,7 @@ def declared() -> list[Kernel]:
     return [kernel for kernel in KERNELS if kernel.build.__module__.startswith("npmamba.cuda.")]
 
 
-def _combinations(shipped: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _combinations(shipped: Groups) -> list[dict[str, Any]]:
     found = []
     for group in [shipped] if isinstance(shipped, Mapping) else shipped:
         values = [choice if isinstance(choice, tuple) else (choice,) for choice in group.values()]

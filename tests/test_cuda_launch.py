@@ -245,9 +245,25 @@ def test_every_combination_of_constants_is_shipped():
     groups = [{"a": 1, "b": (1, 2)}, {"a": (3, 4), "b": 5}]
     found = Kernel(build, threads=64, shipped=groups, dtypes=("int64",))
     assert found.constants == ("a", "b")
-    assert [c["a"] * 10 + c["b"] for c in found.shipped] == [11, 12, 35, 45]
+    assert [c["a"] * 10 + c["b"] for c in found.shipped["int64"]] == [11, 12, 35, 45]
     assert len(Kernel(_axpy, threads=64, shipped={}).specializations()) == 4
     assert Kernel(_axpy, threads=64).specializations() == []
+
+
+def test_what_is_shipped_may_differ_from_dtype_to_dtype():
+    kernel = Kernel(_axpy, threads=64, shipped=lambda dtype: {"times": (1, dtype.itemsize)}, dtypes=("int16", "int64"))
+    assert kernel.shipped == {"int16": [{"times": 1}, {"times": 2}], "int64": [{"times": 1}, {"times": 8}]}
+    assert [found.dtype.itemsize for found in kernel.specializations()] == [2, 2, 8, 8]
+    with pytest.raises(ValueError, match="is not among the kernels that are shipped"):
+        kernel.specialize("int16", times=8)
+
+
+def test_what_is_shipped_may_be_examples(cupy):
+    kernel = Kernel(_axpy, threads=64, shipped={"times": 1}, dtypes=("float32",), others=True)
+    assert len(kernel.specializations()) == 1
+    for dtype, times in (("float32", 2), ("float64", 1)):
+        kernel.launch((1,), np.dtype(dtype), ARGUMENTS, times=times)
+    assert len(cupy.launched) == 2
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("float32", 3), ("float64", 1)])
