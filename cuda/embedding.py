@@ -86,25 +86,27 @@ def _flat(ids: Any) -> Any:
     return library(ids).ascontiguousarray(ids.astype(np.int64, copy=False)).reshape(-1)
 
 
-def _words(x: Any) -> Any:
-    """Return rows as words of four bytes, whatever their numbers are; of one byte where they are not whole words."""
-    whole = not (address(x) % 4 or x.strides[0] % 4 or x.shape[1] * x.itemsize % 4)
-    return x.view(np.float32 if whole else np.uint8)
+def _word(x: Any) -> np.dtype:
+    """Return the words that rows are copied by: of four bytes, or of one where rows are not whole words."""
+    return np.dtype(np.uint8 if address(x) % 4 or x.strides[0] % 4 or x.shape[1] * x.itemsize % 4 else np.float32)
+
+
+def _seen_as(x: Any, dtype: Any) -> Any:
+    """Return `x` as numbers of `dtype`, which the interpreter wants to see; a device is told the address only."""
+    return x.view(dtype) if library(x) is np else x
 
 
 def forward(weight: Any, input_ids: Any, *, save: bool) -> tuple[Any, Saved | None]:
     """Return rows of `weight` and what `backward` needs (None unless `save`). All but the range of ids is checked."""
     vocab, d_model = weight.shape
-    ids = _flat(input_ids)
-    out = empty(weight, (*input_ids.shape, d_model), weight.dtype)
+    ids, out = _flat(input_ids), empty(weight, (*input_ids.shape, d_model), weight.dtype)
     if weight.strides[1] != weight.itemsize:
         weight = library(weight).ascontiguousarray(weight)
-    words = _words(weight)
-    copy, n = out.reshape(-1, d_model).view(words.dtype), words.shape[1]
-    raw, size = copy.view(np.uint8), words.itemsize
-    numbers = (n, ids.size, vocab, size, int(size == 4 and wide(words)))
-    grid = (-(-ids.size // WARPS), -(-n // (32 * WORDS)))
-    FORWARD.launch(grid, words.dtype, (words, words.strides[0] // size, ids, copy, raw, *numbers))
+    word = _word(weight)
+    stride, n = weight.strides[0] // word.itemsize, d_model * weight.itemsize // word.itemsize
+    arrays = (_seen_as(weight, word), stride, ids, _seen_as(out.reshape(ids.size, d_model), word))
+    arguments = (*arrays, _seen_as(out.reshape(ids.size, d_model), np.uint8), n, ids.size, vocab, word.itemsize)
+    FORWARD.launch((-(-ids.size // WARPS), -(-n // (32 * WORDS))), word, (*arguments, int(wide(weight))))
     return out, Saved(input_ids, vocab) if save else None
 
 
