@@ -56,7 +56,7 @@ def _family(width: int, packed: bool, *arrays: Any) -> Any:
     if width in WIDTHS and all(side_by_side(x, 1) for x in arrays):
         return conv_rows
     fits = width in WIDTHS and not packed and all(side_by_side(x, 2) for x in arrays)
-    return conv_lines if fits else conv_any
+    return conv_lines if fits and arrays[0].nbytes < 2**36 else conv_any  # it numbers accesses of 16 bytes by 32 bits
 
 
 def _in_walk_order(reverse: bool, packed: bool, *arrays: Any) -> tuple[Any, ...]:
@@ -189,8 +189,9 @@ def update(state: Any, x: Any, weight: Any, bias: Any, *, activation: str | None
     x = native(x, y.dtype)
     arrays = (taps, x, _parameter(weight, real), _parameter(bias, real), y)
     options = _options(activation == "silu", False, bias, None)
-    grid = (-(-batch * dim // THREADS),)
-    UPDATE.launch(grid, x.dtype, (*arrays, *strides(taps), *strides(x), batch, dim, weight.shape[1] - 1, options))
+    blocks = -(-dim // THREADS)
+    sizes = (dim, weight.shape[1] - 1, blocks, options)
+    UPDATE.launch((batch * blocks,), x.dtype, (*arrays, *strides(taps), *strides(x), *sizes))
     if taps is not state:
         state[...] = taps
     return y

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.cuda.conv_parts import BIAS, DINITIAL, DLAST, SILU, THREADS, WIDTHS, activation_of, lanes_of
+from npmamba.cuda.conv_parts import BIAS, DINITIAL, DLAST, INITIAL, SILU, THREADS, WIDTHS, activation_of, lanes_of
 from npmamba.cuda.conv_pieces import make_gradients, make_piece_access
 from npmamba.cuda.device import Data, Size, Stride, Wide, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel
@@ -20,14 +20,12 @@ from npmamba.scalar import fma
 uint32, int64 = np.uint32, np.int64
 
 
-def place(near, tiles, span, pieces):
-    """Return a thread's row, its tile of the row, its first piece and the end of its tile."""
-    thread, block = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
-    group = uint32(block // tiles)
-    tile = uint32(block - group * tiles)
-    row = uint32(group * (uint32(THREADS) // near) + thread // near)
-    first = uint32(tile * span)
-    return row, tile, uint32(first + thread % near), min(uint32(first + span), pieces)
+def place(near_bits, tiles):
+    """Return a thread's row, tile of the row, and number among the 2^near_bits threads that share them."""
+    thread = uint32(cuda.threadIdx.x)
+    group = uint32(uint32(cuda.blockIdx.x) * (uint32(THREADS) >> near_bits) + (thread >> near_bits))
+    row = uint32(group // tiles)
+    return row, uint32(group - row * tiles), uint32(thread & uint32(uint32(uint32(1) << near_bits) - uint32(1)))
 
 
 def make_load_weights(real: Any, width: int) -> Any:
@@ -45,24 +43,25 @@ def _forward(real, data, width):
     size, lag = lanes_of(data), width - 1
     before = -(-lag // size)
     window_size, weights_size, skip = (before + 1) * size, width + 1, before * size - lag
-    _, load_inputs, store_piece = make_piece_access(real, width, size)
+    fetch, arrive, begin, store_piece = make_piece_access(real, width, size)
     load_weights, (silu, _) = make_load_weights(real, width), activation_of(data)
 
     def conv_lines_forward(
         x: Data, weight: Wide, bias: Wide, initial: Wide, y: Data, last: Wide,
         x_batch: Stride, x_dim: Stride, y_batch: Stride, y_dim: Stride,
-        dim: Size, pieces: Size, rows: Size, near: Size, span: Size, tiles: Size, options: Size,
+        dim: Size, pieces: Size, near_bits: Size, span: Size, rows: Size, tiles: Size, options: Size,
     ):  # fmt: skip
         """Equation: q_s = bias + sum_k weight_k x_(s - lag + k), y = silu(q) or q, lag = width - 1.
-        Threads: a block is a tile of ``THREADS / near`` rows of time; a thread takes every `near`-th piece of its tile.
+        Threads: near = 2^near_bits of them share a tile of a row of time; each takes every near-th piece of it.
         Owns: y of its pieces; who has the last piece of a row owns `last` too.
         Saved: nothing.
         """
         window, weights = cuda.local.array(window_size, real), cuda.local.array(weights_size, real)
         q = cuda.local.array(size, real)
-        row, tile, piece, end = place(near, tiles, span, pieces)
+        row, tile, number = place(near_bits, tiles)
         if row >= rows:
             return
+        piece, end = uint32(tile * span + number), min(uint32(uint32(tile + uint32(1)) * span), pieces)
         b = uint32(row // dim)
         d = uint32(row - b * dim)
         x_at, y_at = shift(x, int64(b) * x_batch + int64(d) * x_dim), shift(y, int64(b) * y_batch + int64(d) * y_dim)
@@ -70,7 +69,10 @@ def _forward(real, data, width):
         load_weights(weight, bias, options, d, weights)
         while piece < end:
             for h in range(before + 1):
-                load_inputs(x_at, initial_at, piece, before - h, pieces, options, window, h)
+                fetch(x_at, piece, before - h, pieces, options, window, h)
+            arrive(options, window, before + 1)
+            if options & uint32(INITIAL) and piece < uint32(before):
+                begin(initial_at, piece, before, options, window)
             for i in range(size):
                 q[i] = weights[width]
                 for k in range(width):
@@ -82,7 +84,7 @@ def _forward(real, data, width):
             if piece == uint32(pieces - uint32(1)):
                 for k in range(lag):
                     store(last_at, uint32(k), window[window_size - lag + k])
-            piece = uint32(piece + near)
+            piece = uint32(piece + (uint32(1) << near_bits))
 
     return conv_lines_forward
 
@@ -95,7 +97,7 @@ def _backward(real, data, width):
     before = -(-lag // size)
     window_size, ahead_size, weights_size = (before + 1) * size, size + lag, width + 1
     skip = before * size - lag
-    load_piece, load_inputs, store_piece = make_piece_access(real, width, size)
+    fetch, arrive, begin, store_piece = make_piece_access(real, width, size)
     cotangents, look_ahead, input_gradient = make_gradients(real, data, width, size, skip)
     load_weights = make_load_weights(real, width)
 
@@ -103,11 +105,11 @@ def _backward(real, data, width):
         dout: Data, x: Data, weight: Wide, bias: Wide, initial: Wide, dlast: Wide,
         dx: Data, dinitial: Wide, parts: Wide,
         dout_batch: Stride, dout_dim: Stride, x_batch: Stride, x_dim: Stride, dx_batch: Stride, dx_dim: Stride,
-        dim: Size, pieces: Size, near: Size, owned: Size, turns: Size, groups: Size, tiles: Size, options: Size,
+        dim: Size, pieces: Size, near_bits: Size, owned: Size, turns: Size, rows: Size, tiles: Size, options: Size,
     ):  # fmt: skip
         """Equation: dq = dout silu'(q), dx_s = sum_k weight_k dq_(s + lag - k), dweight_k = sum_s dq_s x_(s - lag + k).
-        Threads: `near` neighbouring lanes take as many pieces of a row, `turns` times. A lane computes dq of its own
-        piece and asks the next lanes for dq of the `lag` steps behind it; the last lanes are there to be asked.
+        Threads: 2^near_bits neighbouring lanes take as many pieces of a row, `turns` times. A lane computes dq of its
+        own piece and asks the next lanes for dq of the `lag` steps behind it; the last lanes are there to be asked.
         Owns: dx of the first `owned` lanes' pieces; who has the first piece of a row owns dinitial too. The sums of
         dweight and dbias over the turns are added up among the lanes by shuffles.
         Saved: nothing; q is computed again.
@@ -115,12 +117,8 @@ def _backward(real, data, width):
         window, dq = cuda.local.array(window_size, real), cuda.local.array(ahead_size, real)
         weights, sums = cuda.local.array(weights_size, real), cuda.local.array(weights_size, real)
         g = cuda.local.array(size, real)
-        thread = uint32(cuda.threadIdx.x)
-        lane = uint32(thread % near)
-        group = uint32(uint32(cuda.blockIdx.x) * (uint32(THREADS) // near) + thread // near)
-        inside, b, d = group < groups, uint32(0), uint32(0)
-        row = uint32(group // tiles)
-        tile = uint32(group - row * tiles)
+        row, tile, lane = place(near_bits, tiles)
+        inside, b, d = row < rows, uint32(0), uint32(0)
         for k in range(weights_size):
             sums[k], weights[k] = number(0), number(0)
         if inside:
@@ -139,8 +137,12 @@ def _backward(real, data, width):
                 dq[i] = number(0)
             if here:
                 for h in range(before + 1):
-                    load_inputs(x_at, shift(initial, state), piece, before - h, pieces, options, window, h)
-                load_piece(dout_at, piece, pieces, options, dq, 0)
+                    fetch(x_at, piece, before - h, pieces, options, window, h)
+                fetch(dout_at, piece, 0, pieces, options, dq, 0)
+                arrive(options, window, before + 1)
+                arrive(options, dq, 1)
+                if options & uint32(INITIAL) and piece < uint32(before):
+                    begin(shift(initial, state), piece, before, options, window)
                 cotangents(weights, window, dq, options)
             look_ahead(dq, piece, pieces)
             if here and lane < owned:
@@ -162,7 +164,7 @@ def _backward(real, data, width):
             turn = uint32(turn + uint32(1))
         for k in range(weights_size):
             distance = uint32(1)
-            while distance < near:
+            while distance < uint32(uint32(1) << near_bits):
                 sums[k] += cuda.shfl_xor_sync(-1, sums[k], distance)
                 distance = uint32(distance * uint32(2))
         if inside and lane == uint32(0):

@@ -6,53 +6,56 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.cuda.conv_parts import INITIAL, REVERSE, SILU, activation_of, make_row_access
+from npmamba.cuda.conv_parts import REVERSE, SILU, activation_of, make_row_access
 from npmamba.cuda.device import cuda, load, shift
 from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
 
 
-def make_piece_access(real: Any, width: int, size: int) -> tuple[Any, Any, Any]:
-    """Build the load of a piece of `size` steps, the load of a piece of inputs, and the store of a piece."""
+def make_piece_access(real: Any, width: int, size: int) -> tuple[Any, ...]:
+    """Build the four steps in which pieces of `size` steps come from memory and go there.
+
+    First all loads, then what waits for them: they are on their way together.
+    """
     lag, number = width - 1, real.type
     load_row, store_row = make_row_access(size)
 
-    def load_piece(p, piece, pieces, options, tile, row):
-        """Fill a row of `tile` with a piece, zeros behind the last one."""
-        if piece < pieces:
-            back = (options & uint32(REVERSE)) != uint32(0)
-            at = uint32(uint32(pieces - uint32(1)) - piece) if back else piece
-            load_row(shift(p, int64(at) * int64(size)), uint32(0), tile, row)
-            for j in range(size // 2):
-                low, high = tile[row * size + j], tile[row * size + size - 1 - j]
-                tile[row * size + j] = select(back, high, low)
-                tile[row * size + size - 1 - j] = select(back, low, high)
-        else:
-            for j in range(size):
-                tile[row * size + j] = number(0)
+    def turned(tile, row, back):
+        for j in range(size // 2):
+            low, high = tile[row * size + j], tile[row * size + size - 1 - j]
+            tile[row * size + j] = select(back, high, low)
+            tile[row * size + size - 1 - j] = select(back, low, high)
 
-    def load_inputs(p, initial_at, piece, before, pieces, options, tile, row):
-        """Fill a row of `tile` with the piece that lies `before` pieces back; before step 0 lies the initial state."""
+    def fetch(p, piece, before, pieces, options, tile, row):
+        """Load the piece that lies `before` pieces back to a row of `tile`, as it lies in memory."""
+        for j in range(size):
+            tile[row * size + j] = number(0)
         if piece >= uint32(before):
-            load_piece(p, uint32(piece - uint32(before)), pieces, options, tile, row)
-        else:
-            for j in range(size):
-                tile[row * size + j] = number(0)
-                n = uint32(uint32(piece * uint32(size)) + uint32(j + lag))
-                if options & uint32(INITIAL) and n >= uint32(before * size):
-                    tile[row * size + j] = load(initial_at, uint32(n - uint32(before * size)))
+            at = uint32(piece - uint32(before))
+            if options & uint32(REVERSE):
+                at = uint32(uint32(pieces - uint32(1)) - at)
+            load_row(shift(p, int64(at) * int64(size)), uint32(0), tile, row)
+
+    def arrive(options, tile, rows):
+        """Bring the steps of loaded pieces into the order of the scan."""
+        for row in range(rows):
+            turned(tile, row, (options & uint32(REVERSE)) != uint32(0))
+
+    def begin(initial_at, piece, before, options, tile):
+        """Put the initial state before the first piece."""
+        for i in range(before * size):
+            n = uint32(uint32(piece * uint32(size)) + uint32(i + lag))  # of step n - lag - before size
+            if n >= uint32(before * size) and n < uint32(before * size + lag):
+                tile[i] = load(initial_at, uint32(n - uint32(before * size)))
 
     def store_piece(p, piece, pieces, options, tile):
         back = (options & uint32(REVERSE)) != uint32(0)
+        turned(tile, 0, back)
         at = uint32(uint32(pieces - uint32(1)) - piece) if back else piece
-        for j in range(size // 2):
-            low, high = tile[j], tile[size - 1 - j]
-            tile[j] = select(back, high, low)
-            tile[size - 1 - j] = select(back, low, high)
         store_row(shift(p, int64(at) * int64(size)), uint32(0), tile, 0)
 
-    return load_piece, load_inputs, store_piece
+    return fetch, arrive, begin, store_piece
 
 
 def make_gradients(real: Any, data: Any, width: int, size: int, skip: int) -> tuple[Any, Any, Any]:

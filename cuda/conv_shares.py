@@ -62,12 +62,12 @@ def line_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
     """Return the grid and the sizes for `npmamba.cuda.conv_lines`; the last size is the number of tiles of a row."""
     (batch, dim, seqlen), turns = x.shape, TURNS
     pieces, rows = seqlen // lanes_of(x.dtype), batch * dim
-    near = min(THREADS, _power_of_two(pieces))
+    near_bits = min(THREADS, _power_of_two(pieces)).bit_length() - 1
+    near = 1 << near_bits
     while rows * near * -(-pieces // (near * turns)) < ENOUGH and turns > 1:
         turns //= 2
     tiles = -(-pieces // (near * turns))
-    grid = (tiles * -(-rows // (THREADS // near)),)
-    return grid, (dim, pieces, rows, near, near * turns, tiles)
+    return (-(-rows * tiles // (THREADS // near)),), (dim, pieces, near_bits, near * turns, rows, tiles)
 
 
 def line_share_backward(x: Any, width: int) -> tuple[tuple[int], tuple[int, ...]]:
@@ -83,7 +83,7 @@ def line_share_backward(x: Any, width: int) -> tuple[tuple[int], tuple[int, ...]
         turns //= 2
     turns = min(turns, chunks)
     tiles = -(-chunks // turns)
-    return (-(-rows * tiles // (THREADS // near)),), (dim, pieces, near, owned, turns, rows * tiles, tiles)
+    return (-(-rows * tiles // (THREADS // near)),), (dim, pieces, near.bit_length() - 1, owned, turns, rows, tiles)
 
 
 def any_share(x: Any, count: int) -> tuple[tuple[int], int]:

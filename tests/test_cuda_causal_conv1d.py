@@ -153,8 +153,8 @@ def test_stretches_of_time_are_joined(device_backend, monkeypatch, seq_idx, reve
 def test_tiles_of_a_row_are_joined(device_backend):
     """More pieces than a tile has: two tiles a row, and threads of four warps to a sum."""
     case, dout, dlast = drawn(4, 1, 1, 2 * 2 * conv_lines.THREADS - 6, 4, **ON)
-    assert conv_shares.line_share(case["x"])[1][3:] == (conv_lines.THREADS, conv_lines.THREADS, 2)
-    assert conv_shares.line_share_backward(case["x"], 4)[1][2:] == (32, 29, 1, 9, 9)
+    assert conv_shares.line_share(case["x"])[1][2:] == (7, conv_lines.THREADS, 1, 2)
+    assert conv_shares.line_share_backward(case["x"], 4)[1][2:] == (5, 29, 1, 1, 9)
     check(both(device_backend, case, dout, dlast), by_reference(case, dout, dlast))
 
 
