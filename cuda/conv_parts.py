@@ -31,6 +31,7 @@ STEPS = 4
 """Steps that come from memory together."""
 COLUMNS = 32
 """Threads of a block along the channels, fewer where there are fewer channels."""
+PLACE = np.dtype(np.int64)
 GROUP = 4
 """Stretches whose sums over time are added before they are written: ``THREADS / COLUMNS``."""
 BIAS, SILU, INITIAL, DINITIAL, DLAST, PACKED, REVERSE = 1, 2, 4, 8, 16, 32, 64
@@ -116,44 +117,54 @@ def make_load_history(real: Any, width: int, lanes: int, packed: bool) -> Any:
 
         Returns how many are of the same sequence as the step before `s`; before step 0 lies the initial state.
         """
-        same = uint32(lag)
         for k in range(lag):
-            n = uint32(s + uint32(k))
             for j in range(lanes):
                 window[k * lanes + j] = number(0)
-            if n >= uint32(lag):
-                t = uint32(n - uint32(lag))
-                at = int64(t)
-                if packed:
-                    entry = load(entries_at, t)
-                    at = position(entry)
-                    if is_fresh(entry):
+        for k in range(lag):
+            t = uint32(s + uint32(k) - uint32(lag))
+            if uint32(s + uint32(k)) >= uint32(lag):
+                at = position(load(entries_at, t)) if packed else int64(t)
+                load_row(shift(x_at, at * x_step), uint32(0), window, k)
+        if options & uint32(INITIAL) and s < uint32(lag):
+            for k in range(lag):
+                n = uint32(s + uint32(k))
+                if n < uint32(lag):
+                    for j in range(lanes):
+                        window[k * lanes + j] = load(initial_at, uint32(uint32(j * lag) + n))
+        same = uint32(lag)
+        if packed:
+            for k in range(lag):
+                n = uint32(s + uint32(k))
+                if n >= uint32(lag):
+                    if is_fresh(load(entries_at, uint32(n - uint32(lag)))):
                         same = uint32(0)
                         for j in range(k * lanes):
                             window[j] = number(0)
                     same = min(uint32(same + uint32(1)), uint32(lag))
-                load_row(shift(x_at, at * x_step), uint32(0), window, k)
-            elif options & uint32(INITIAL):
-                for j in range(lanes):
-                    window[k * lanes + j] = load(initial_at, uint32(uint32(j * lag) + n))
         return same
 
     return load_history
 
 
-def make_fetch(lanes: int, packed: bool) -> Any:
-    def fetch(ring, slot, s, end, entries_at, p, step):
-        """Start the way of `STEPS` rows from step `s` on into this thread's places of a slot; zeros from `end` on."""
-        to = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
+def make_fetch(lanes: int, packed: bool) -> tuple[Any, Any]:
+    """Build the two halves of bringing `STEPS` rows: where they lie, and their way into shared memory."""
+
+    def find(entries_at, s, end, places):
+        """Write where in time the steps from `s` on lie, before `end`."""
         for i in range(STEPS):
             t = uint32(s + uint32(i))
-            here = t < end
-            at = int64(t)
+            places[i] = int64(t)
             if packed:
-                at = position(load(entries_at, t)) if here else int64(0)
-            copy_async(ring, uint32(to + uint32(i * THREADS * lanes)), shift(p, at * step), uint32(0), here)
+                places[i] = position(load(entries_at, t)) if t < end else int64(0)
 
-    return fetch
+    def fetch(ring, slot, s, end, places, p, step):
+        """Start the way of the rows into this thread's places of a slot; zeros from `end` on."""
+        to = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
+        for i in range(STEPS):
+            here = uint32(s + uint32(i)) < end
+            copy_async(ring, uint32(to + uint32(i * THREADS * lanes)), shift(p, places[i] * step), uint32(0), here)
+
+    return find, fetch
 
 
 def make_add_stretches(width: int, lanes: int) -> Any:

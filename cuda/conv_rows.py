@@ -16,6 +16,7 @@ import numpy as np
 from npmamba.cuda.conv_parts import (
     DINITIAL,
     DLAST,
+    PLACE,
     SILU,
     STEPS,
     THREADS,
@@ -43,7 +44,7 @@ def _forward(real, data, width, packed):
     ring_size, ahead = depth * STEPS * THREADS * lanes, depth - 1
     load_row, store_row = make_row_access(lanes)
     place, load_weights = make_place(lanes), make_load_weights(real, width, lanes)
-    load_history, fetch = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
+    load_history, (find, fetch) = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
     silu, _ = activation_of(data)
 
     def step(i, s, s1, total, options, entries_at, ring, place, y_at, y_step, weights, window, q):
@@ -79,7 +80,7 @@ def _forward(real, data, width, packed):
         ring = cuda.shared.array(ring_size, data, 16)
         weights = cuda.local.array(weights_size, real)
         window = cuda.local.array(window_size, real)
-        q = cuda.local.array(lanes, real)
+        q, places = cuda.local.array(lanes, real), cuda.local.array(STEPS, PLACE)
         d, line = place(dim, columns, column_blocks)
         if d >= dim or line >= lines:
             return
@@ -93,7 +94,9 @@ def _forward(real, data, width, packed):
         initial_at = shift(initial, state)
         end = min(s1, total)
         for n in range(ahead):
-            fetch(ring, uint32(n), s0 + uint32(n * STEPS), end, entries_at, x_at, x_step)
+            first = uint32(s0 + uint32(n * STEPS))
+            find(entries_at, first, end, places)
+            fetch(ring, uint32(n), first, end, places, x_at, x_step)
             commit_async()
         load_weights(weight, bias, options, d, weights)
         for j in range(window_size):
@@ -102,7 +105,9 @@ def _forward(real, data, width, packed):
         s, slot = s0, uint32(0)
         while s < s1:
             free = uint32(ahead) if slot == uint32(0) else uint32(slot - uint32(1))
-            fetch(ring, free, s + uint32(ahead * STEPS), end, entries_at, x_at, x_step)
+            first = uint32(s + uint32(ahead * STEPS))
+            find(entries_at, first, end, places)
+            fetch(ring, free, first, end, places, x_at, x_step)
             commit_async()
             wait_async(ahead)
             at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
@@ -132,7 +137,7 @@ def _backward(real, data, width, packed):
     ring_size, sums_size, ahead = depth * STEPS * THREADS * lanes, THREADS * lanes, depth - 1
     load_row, store_row = make_row_access(lanes)
     place, load_weights = make_place(lanes), make_load_weights(real, width, lanes)
-    load_history, fetch = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
+    load_history, (find, fetch) = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
     add_stretches, (_, silu_derivative) = make_add_stretches(width, lanes), activation_of(data)
 
     def step(i, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, place, arrays):
@@ -196,6 +201,7 @@ def _backward(real, data, width, packed):
         weights, sums = cuda.local.array(weights_size, real), cuda.local.array(weights_size, real)
         window, pending = cuda.local.array(window_size, real), cuda.local.array(window_size, real)
         shared, dq = cuda.shared.array(sums_size, real, 16), cuda.local.array(lanes, real)
+        places = cuda.local.array(STEPS, PLACE)
         d, line = place(dim, columns, column_blocks)
         for j in range(weights_size):
             sums[j] = number(0)
@@ -211,8 +217,9 @@ def _backward(real, data, width, packed):
             dout_at = shift(dout, int64(b) * dout_batch + int64(d))
             state = (int64(b) * int64(dim) + int64(d)) * int64(lag)
             pointers = (entries_at, dx_at, shift(dlast, state))
-            fetch(ring_x, uint32(0), s0, end, entries_at, x_at, x_step)
-            fetch(ring_dout, uint32(0), s0, end, entries_at, dout_at, dout_step)
+            find(entries_at, s0, end, places)
+            fetch(ring_x, uint32(0), s0, end, places, x_at, x_step)
+            fetch(ring_dout, uint32(0), s0, end, places, dout_at, dout_step)
             commit_async()
             load_weights(weight, bias, options, d, weights)
             for j in range(window_size):
@@ -221,8 +228,10 @@ def _backward(real, data, width, packed):
             same = load_history(x_at, x_step, entries_at, shift(initial, state), options, s0, window)
             s, slot = s0, uint32(0)
             while s < uint32(s1 + uint32(lag)):
-                fetch(ring_x, uint32(1) - slot, s + uint32(STEPS), end, entries_at, x_at, x_step)
-                fetch(ring_dout, uint32(1) - slot, s + uint32(STEPS), end, entries_at, dout_at, dout_step)
+                free, first = uint32(uint32(1) - slot), uint32(s + uint32(STEPS))
+                find(entries_at, first, end, places)
+                fetch(ring_x, free, first, end, places, x_at, x_step)
+                fetch(ring_dout, free, first, end, places, dout_at, dout_step)
                 commit_async()
                 wait_async(ahead)
                 at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
