@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-PACKAGES = ("numpy", "numba", "llvmlite", "scipy", "torch", "jax", "jaxlib", "mambapy", "transformers")
+PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "llvmlite", "scipy", "torch", "jax", "jaxlib", "mambapy", "transformers")
 
 
 def limit_threads(threads: int) -> None:
@@ -158,18 +158,22 @@ class Report:
     """What a benchmark prints, and the same figures for ``--json``."""
 
     def __init__(self, benchmark: str, threads: int, **settings: Any) -> None:
+        on_gpu = "device" in settings
+        clock = "CUDA events" if on_gpu else "process CPU time" if threads == 1 else "wall time"
         self.data: dict[str, Any] = {
             "benchmark": benchmark,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "threads": threads,
-            "clock": "process CPU time" if threads == 1 else "wall time",
+            "clock": clock,
             "settings": settings,
             "machine": machine(),
             "versions": versions(),
             "results": [],
         }
         where, what = self.data["machine"], self.data["versions"]
-        print(f"{benchmark}, {threads} thread{'s' * (threads > 1)}, median {self.data['clock']}")
+        cores = "" if on_gpu else f"{threads} thread{'s' * (threads > 1)}, "
+        print(f"{benchmark}, {cores}median by {clock}")
         print(
             f"{where.get('processor', where['architecture'])} ({where.get('processor_model', '')}), "
             f"{where['cores']} cores, {' '.join(where.get('vector_units', []))}, "
@@ -191,7 +195,8 @@ class Report:
         path = pathlib.Path(name)
         path = RESULTS / path if path.parent == pathlib.Path() else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.data, indent=1) + "\n")
+        # numbers and truth values that NumPy counted become Python's
+        path.write_text(json.dumps(self.data, indent=1, default=lambda x: x.item()) + "\n")
         print(f"written: {path.name}")
 
 

@@ -61,7 +61,7 @@ def selective_state_update(
     Returns
     -------
     y : array (batch, dim)
-        Dtype of `x`; the same bits as `selective_scan` gives for this step.
+        Dtype of `x`; on a CPU the same bits as `selective_scan` gives for this step, on a GPU equal to rounding.
 
     Raises
     ------
