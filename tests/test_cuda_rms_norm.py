@@ -35,17 +35,18 @@ def case(shape, seed, dtype=np.float32, fused=True):
 
 
 @contextlib.contextmanager
-def small_blocks(backend, blocks=rms_norm_backward.BLOCKS):
+def small_blocks(backend, blocks=rms_norm_backward.BLOCKS, power=6):
     """Let blocks have two warps in the interpreter: rows that are long then hold 1,025 numbers (float64: 513)."""
+    sizes = {"POWER": power, "THREADS": 1 << power, "WARPS": 1 << power - 5, "SLICES": 2}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(twin, "BLOCKS", blocks))
         if not backend.fast:
             for module in (twin, rms_norm_forward, rms_norm_backward):
-                for name, value in {"POWER": 6, "THREADS": 64, "WARPS": 2, "SLICES": 2}.items():
+                for name, value in sizes.items():
                     if hasattr(module, name):
                         stack.enter_context(mock.patch.object(module, name, value))
-            for kernel in (twin.FORWARD, twin.BACKWARD, twin.COLUMN_SUMS):
-                stack.enter_context(mock.patch.object(kernel, "threads", 64))
+            for kernel, threads in ((twin.FORWARD, 1 << power), (twin.BACKWARD, 1 << power), (twin.COLUMN_SUMS, 64)):
+                stack.enter_context(mock.patch.object(kernel, "threads", threads))
         yield
 
 
@@ -100,10 +101,11 @@ def test_a_row_longer_than_a_team_or_all_registers_is_read_again(device_backend,
     assert_close(both(device_backend, *arguments), expected(*arguments), dtype)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_a_block_takes_many_rows_and_sums_the_weights_gradient(device_backend, blocks):
-    arguments = case((7, 40), 2)
-    found = both(device_backend, *arguments, blocks=blocks, seed=blocks)
+@pytest.mark.parametrize(("shape", "power", "blocks"), [((7, 40), 6, 1), ((7, 40), 6, 2), ((5, 520), 7, 1)])
+def test_a_block_takes_many_rows_and_sums_the_weights_gradient(device_backend, shape, power, blocks):
+    """The last ones are two teams of two warps, which meet at barriers row after row."""
+    arguments = case(shape, 2)
+    found = both(device_backend, *arguments, blocks=blocks, power=power, seed=blocks)
     assert_close(found, expected(*arguments), np.float32)
 
 
@@ -134,6 +136,8 @@ def test_any_strides_give_the_same_bits(device_backend, d_model):
     for layout in ("fortran", "every second column", "part of a row", "negative strides"):
         found = both(device_backend, *(x[layout] for x in changed), check=False)
         assert same_bits(found, wanted), layout
+    longer = [x if x.ndim == 1 else np.concatenate([x, x], 1)[:, :2] for x in arguments]
+    assert same_bits(both(device_backend, *longer, check=False), wanted)
 
 
 @pytest.mark.parametrize(
