@@ -35,7 +35,9 @@ from npmamba.cuda.scan_tile import (
     SKIP,
     SOFTPLUS,
     THREADS,
+    USUAL,
     Shape,
+    division,
     is_present,
     is_within,
     load1,
@@ -620,6 +622,29 @@ def _sum_maps(real, data, quads):
 
 
 MAP_THREADS = 256
-BACKWARD = Kernel(_backward, THREADS, blocks=_resident)
-SUM_PARTS = Kernel(_sum_parts, PARTS)
-SUM_MAPS = Kernel(_sum_maps, MAP_THREADS)
+
+
+def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
+    """Return what a layer runs; for float32 also one of each other kind."""
+
+    def kernel(dstate: int = 16, resident: int = 3, **changes: Any) -> dict[str, Any]:
+        shape = tuple(division(dstate, dtype.itemsize, backward=True))
+        return {"shape": (shape,), "resident": resident, **USUAL, **changes}
+
+    if dtype == np.float64:
+        return [kernel(resident=1)]
+    if dtype != np.float32:
+        return [kernel(resident=4), kernel()]
+    return [
+        kernel(),
+        kernel(resident=4),
+        kernel(resident=2, zoh=True, gated=False),
+        kernel(resident=2, packed=True),
+        kernel(by_channel=True, constant_B=True, constant_C=True),
+        kernel(256, resident=1),
+    ]
+
+
+BACKWARD = Kernel(_backward, THREADS, blocks=_resident, shipped=_shipped, others=True)
+SUM_PARTS = Kernel(_sum_parts, PARTS, shipped={})
+SUM_MAPS = Kernel(_sum_maps, MAP_THREADS, shipped={"quads": (False, True)})

@@ -7,6 +7,8 @@ side by side: `ENDS` finds what each adds to the state, `CARRY` hands the states
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from npmamba.cuda.device import (
@@ -34,7 +36,9 @@ from npmamba.cuda.scan_tile import (
     SKIP,
     SOFTPLUS,
     THREADS,
+    USUAL,
     Shape,
+    division,
     is_present,
     is_within,
     make_copy,
@@ -365,5 +369,27 @@ def _carry(real, padded):
     return carry
 
 
-FORWARD = Kernel(_scan, THREADS)
-CARRY = Kernel(_carry, THREADS)
+def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
+    """Return what a layer runs, with gradients, without, and in segments; for float32 also one of each other kind."""
+
+    def kernel(dstate: int = 16, **changes: Any) -> dict[str, Any]:
+        return {"shape": (tuple(division(dstate, dtype.itemsize)),), **USUAL, **changes}
+
+    def saving(dstate: int = 16, **changes: Any) -> dict[str, Any]:
+        return kernel(dstate, interval=division(dstate, dtype.itemsize, backward=True).steps, **changes)
+
+    ends = [kernel(ends=True, gated=False), kernel(ends=True, adjoint=True)]
+    usual = [saving(), kernel(interval=0), *ends]
+    others = [
+        saving(gated=False),
+        saving(by_channel=True),
+        saving(zoh=True, packed=True),
+        saving(constant_B=True, constant_C=True),
+        saving(64),
+        saving(256),
+    ]
+    return usual + (others if dtype == np.float32 else [])
+
+
+FORWARD = Kernel(_scan, THREADS, shipped=_shipped, others=True)
+CARRY = Kernel(_carry, THREADS, shipped={"padded": (4, 16, 256)}, dtypes=("float32", "float64"), others=True)

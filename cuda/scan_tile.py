@@ -76,6 +76,13 @@ def division(dstate: int, itemsize: int, *, backward: bool = False) -> Shape:
         steps //= 2
 
 
+USUAL = {
+    "gated": True, "zoh": False, "packed": False, "constant_B": False, "constant_C": False,
+    "by_channel": False, "wide": True, "wide_maps": True,
+}  # fmt: skip
+"""Constants of the kernels in a layer of a language model; rows in memory are steps, read 16 bytes at a time."""
+
+
 class Tile(NamedTuple):
     """How a tile of one array lies in shared memory, and how it is copied there."""
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cuda.arrays import aligned, empty, library, strides, zeros
+from npmamba.cuda.arrays import empty, library, strides, zeros
 from npmamba.cuda.launch import wide_dtype
-from npmamba.cuda.layout import native
+from npmamba.cuda.layout import native, side_by_side
 from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
 from npmamba.cuda.scan_forward import CARRY, FORWARD
 from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
@@ -119,10 +119,9 @@ def _layout(work: Work, shape: Shape, reverse: bool, *arrays: Any) -> dict[str, 
     by_channel, size = work.by_channel, work.u.itemsize
     _, dim, seqlen = work.u.shape
     cut = math.gcd(seqlen, shape.steps) if by_channel else math.gcd(dim // work.groups, shape.channels)
-    rows = [x if by_channel else x.swapaxes(1, 2) for x in arrays if x is not None]
-    wide = cut * size % 16 == 0 and not (by_channel and reverse) and all(map(aligned, rows))
-    maps = [M for M in (work.B, work.C) if M.ndim == 4]
-    wide_maps = shape.dstate == shape.padded and shape.padded * size % 16 == 0 and all(map(aligned, maps))
+    wide = cut * size % 16 == 0 and not (by_channel and reverse)
+    wide = wide and all(side_by_side(x, 2 if by_channel else 1) for x in arrays if x is not None)
+    wide_maps = shape.dstate == shape.padded and all(side_by_side(M, 3) for M in (work.B, work.C) if M.ndim == 4)
     return {"by_channel": by_channel, "wide": wide, "wide_maps": wide_maps}
 
 
@@ -217,7 +216,7 @@ def _carry(work: Work, shape: Shape, initial: Any, states: Any, sums: Any, segme
     entering = empty(work.u, states.shape, states.dtype)
     total = batch * dim * shape.padded
     CARRY.launch(
-        (-(-total // THREADS),), work.u.dtype,
+        (-(-total // THREADS),), states.dtype,
         (work.A, initial, states, sums, entering, shape.dstate, dim, segments, total, initial is not None),
         padded=shape.padded,
     )  # fmt: skip

@@ -99,10 +99,17 @@ def write(kernels: dict[str, dict[str, list[int]]]) -> None:
     """Write the file, a line for each kernel."""
     lines = [f"    {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
     text = (
-        f'{{\n  "made with": {json.dumps(tools())},\n  "each number": "registers, bytes of shared memory",\n'
+        f'{{\n  "made with": {json.dumps(tools())},\n  "each number": "registers, bytes of shared memory'
+        '; bytes spilled and on the stack, if there are any",\n'
         '  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n"
     )
     FILE.write_text(text, encoding="utf-8")
+
+
+def numbers(found: Report) -> list[int]:
+    """Return what the file keeps of a report."""
+    registers, shared, spilled, stack, *_ = found
+    return [registers, shared, spilled, stack] if spilled or stack else [registers, shared]
 
 
 def main(parts: list[str]) -> None:
@@ -110,7 +117,7 @@ def main(parts: list[str]) -> None:
     chosen, measured = [name for name in shipped() if not parts or any(part in name for part in parts)], {}
     with pool() as processes:
         for name, found in zip(chosen, processes.map(report, chosen), strict=True):
-            measured[name] = {target: [one.registers, one.shared] for target, one in found.items()}
+            measured[name] = {target: numbers(one) for target, one in found.items()}
             for target, one in found.items():
                 print(name, target, *(f"{key}={value}" for key, value in one._asdict().items()), flush=True)  # noqa: T201
     kept = {name: found for name, found in read()["kernels"].items() if name in shipped()}

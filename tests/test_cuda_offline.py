@@ -2,8 +2,8 @@
 
 The budget is cuda_budget.json; cuda_budget.py says how it is written. Each kernel is compiled to sm_80 and sm_90. So
 that it takes about a minute on two cores, a plain run checks what is shipped for float32 (or a kernel's first dtype,
-where it has no float32) and one set of constants for each other dtype. The rest is marked `slow` and runs with ``pytest
--m slow``, as in .ci/run. What was compiled before is not compiled again, so later runs take seconds.
+where it has no float32). The rest is marked `slow` and runs with ``pytest -m slow``, as in .ci/run. What was compiled
+before is not compiled again, so later runs take seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from npmamba.cuda import launch, requirements
 from npmamba.cuda.device import arguments_of
 
 KERNELS = {kernel.name: kernel for kernel in launch.declared()}
-SECONDS = 5
+SECONDS = 8
+"""Of the processor's time, for one architecture, where hyperthreads share a core: 5 on one that is quiet."""
+SPILLING = {"scan_backward.backward"}
+"""Kernels of which some registers are spilled: room for another block on a multiprocessor is worth more to them."""
 SLACK = 8
 """Registers that another version of the tools may take in addition."""
 
@@ -25,10 +28,7 @@ SLACK = 8
 def chosen(kernel: launch.Kernel, rest: bool) -> list[str]:
     """Return the names of the specializations that a plain run checks, or else of the rest."""
     first = "float32" if "float32" in kernel.dtypes else kernel.dtypes[0]
-    every = kernel.specializations()
-    seen = {found.dtype: found.name for found in reversed(every)}
-    plain = {found.name for found in every if found.dtype.name == first} | set(seen.values())
-    return [found.name for found in every if (found.name in plain) != rest]
+    return [found.name for found in kernel.specializations() if (found.dtype.name == first) != rest]
 
 
 def cases() -> list[Any]:
@@ -69,14 +69,15 @@ def wrong(name: str, target: str, found: cuda_budget.Report, budget: dict[str, A
     """Return all that is wrong with one kernel on one architecture."""
     kernel = cuda_budget.shipped()[name]
     slack = SLACK if cuda_budget.tools() != budget["made with"] else 0
-    registers, shared = budget["kernels"].get(name, {}).get(target, (10_000, 10**9))
+    registers, shared, *more = budget["kernels"].get(name, {}).get(target, (10_000, 10**9))
+    spilled, stack = more if more and name.partition("-")[0] in SPILLING else (0, 0)
     may_hold_f64 = kernel.dtype == "float64" or "Double" in arguments_of(kernel.function).values()
     rules = {
         "not in cuda_budget.json; run python tests/cuda_budget.py": registers == 10_000,
         f"{found.registers} registers, budget {registers}": found.registers > registers + slack,
         f"{found.shared} bytes of shared memory, budget {shared}": found.shared > shared,
-        f"{found.spilled} bytes of registers are spilled": found.spilled,
-        f"{found.stack} bytes of stack: an array is not in registers": found.stack,
+        f"{found.spilled} bytes of registers are spilled": found.spilled > spilled,
+        f"{found.stack} bytes of stack: an array is not in registers": found.stack > stack,
         "local memory in its PTX": ".local" in found.words,
         "float64 arithmetic in its PTX: a bare number, or int times float": ".f64" in found.words and not may_hold_f64,
         f"{found.seconds:.1f} s to compile, {SECONDS} allowed": found.seconds > SECONDS,
@@ -90,11 +91,16 @@ def test_every_rule_can_fail():
     good = cuda_budget.Report(32, 1024, 0, 0, [], 1.0)
     assert wrong(name, "sm_90", good, budget) == []
     assert len(wrong(name, "sm_80", good, budget)) == 1
-    bad = cuda_budget.Report(33, 1025, 1, 1, [".local", ".f64"], 5.1)
+    bad = cuda_budget.Report(33, 1025, 1, 1, [".local", ".f64"], SECONDS + 0.1)
     for field, value in bad._asdict().items():
         assert wrong(name, "sm_90", good._replace(**{field: value}), budget)
     assert len(wrong(name, "sm_90", bad, budget)) == 7
     assert wrong(name, "sm_90", good._replace(registers=33), {**budget, "made with": {}}) == []
+    spilling = next(name for name in cuda_budget.shipped() if name.partition("-")[0] in SPILLING)
+    budget["kernels"] |= {name: {"sm_90": [32, 1024, 8, 8]}, spilling: {"sm_90": [32, 1024, 8, 8]}}
+    found = good._replace(spilled=8, stack=8)
+    assert [len(wrong(name, "sm_90", found, budget)) for name in (name, spilling)] == [2, 0]
+    assert len(wrong(spilling, "sm_90", good._replace(spilled=9, stack=9), budget)) == 2
 
 
 @pytest.mark.parametrize("name", KERNELS)
