@@ -121,7 +121,8 @@ def _layout(work: Work, shape: Shape, reverse: bool, *arrays: Any) -> dict[str, 
     cut = math.gcd(seqlen, shape.steps) if by_channel else math.gcd(dim // work.groups, shape.channels)
     wide = cut * size % 16 == 0 and not (by_channel and reverse)
     wide = wide and all(side_by_side(x, 2 if by_channel else 1) for x in arrays if x is not None)
-    wide_maps = shape.dstate == shape.padded and all(side_by_side(M, 3) for M in (work.B, work.C) if M.ndim == 4)
+    wide_maps = shape.dstate == shape.padded and shape.padded * size % 16 == 0
+    wide_maps = wide_maps and all(side_by_side(M, 3) for M in (work.B, work.C) if M.ndim == 4)
     return {"by_channel": by_channel, "wide": wide, "wide_maps": wide_maps}
 
 
