@@ -12,7 +12,7 @@ import numpy as np
 
 from npmamba.cuda.arrays import address, empty, library, zeros
 from npmamba.cuda.device import Data, Flags, Long, Size, Stride, cuda, load, shift, store
-from npmamba.cuda.embedding_backward import BACKWARD, CHUNK, CHUNKS, THREADS, WARPS
+from npmamba.cuda.embedding_backward import BACKWARD, CHUNK, CHUNKS, OFTEN, THREADS, WARPS
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.rows import inner_rows, lines, smaller, wide
 from npmamba.cuda.token_order import token_order
@@ -23,7 +23,7 @@ uint32, int64 = np.uint32, np.int64
 WORDS = 16
 """Words of a row that a thread copies."""
 MANY = 16_384
-"""Blocks from which on a row of the table's gradient belongs to one warp; with fewer rows four share one."""
+"""Blocks from which on a row of the table's gradient belongs to one warp, if its id is not frequent; else to four."""
 
 
 # --- forward ---
@@ -123,8 +123,10 @@ def backward(dout: Any, saved: Saved) -> tuple[Any]:
     aligned, inner, pieces = int(wide(x.array)), inner_rows(x), -(-d_model // (32 * width_of(dout.dtype)))
     grid = (-(-ids.size // (CHUNK * WARPS)), pieces)
     CHUNKS.launch(grid, dout.dtype, (*x, keys, tokens, begins, ends, parts, d_model, ids.size, inner, aligned))
-    warps = WARPS if vocab * pieces <= MANY else 1
-    grid = (-(-vocab // (WARPS // warps)), pieces if warps > 1 else 1)
-    arguments = (*x, tokens, begins, ends, parts, dweight, d_model, vocab, inner, aligned)
-    BACKWARD.launch(grid, dout.dtype, arguments, warps=warps)
+    arrays, sizes = (*x, keys, tokens, begins, ends, parts, dweight), (d_model, vocab, inner, aligned)
+    if vocab * pieces <= MANY:
+        BACKWARD.launch((vocab, pieces), dout.dtype, (*arrays, *sizes, 0), warps=WARPS)
+    else:
+        BACKWARD.launch((-(-vocab // WARPS), 1), dout.dtype, (*arrays, *sizes, 1), warps=1)
+        BACKWARD.launch((-(-ids.size // OFTEN), pieces), dout.dtype, (*arrays, *sizes, 1), warps=WARPS)
     return (dweight,)

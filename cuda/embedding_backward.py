@@ -19,6 +19,8 @@ uint32, int64 = np.uint32, np.int64
 THREADS = 128
 WARPS = THREADS // 32
 CHUNK = 32
+OFTEN = 64
+"""Tokens from which on an id is frequent: its row of a large table is left to several warps. A multiple of CHUNK."""
 
 
 def _batch(real, data):
@@ -131,13 +133,31 @@ def _backward(real, data, warps):
                     at = uint32(uint32(tid * uint32(width)) + uint32(warp * columns + k))
                     high[k], low[k] = two_sum(high[k], low[k] + lows[at], highs[at])
 
+    def owned_row(keys, begins, ends, vocab, tid, frequent):
+        """Return the row of this warp, or this block, and where its tokens begin and end; `vocab` if it has none."""
+        block = uint32(cuda.blockIdx.x)
+        row = uint32(uint32(block * uint32(teams)) + (tid >> uint32(5)) // uint32(warps))
+        if warps > 1 and frequent:
+            row = uint32(load(keys, uint32(block * uint32(OFTEN))))
+        row = smaller(row, vocab)
+        begin, end = uint32(load(begins, row)), uint32(load(ends, row))
+        often = uint32(end - begin) >= uint32(OFTEN)
+        if frequent:
+            if warps == 1:
+                row = select(often, vocab, row)
+            else:  # a frequent row has one block, that of the first multiple of OFTEN among its tokens
+                mine = often and uint32(begin + uint32(OFTEN - 1)) // uint32(OFTEN) == block
+                row = select(mine, row, vocab)
+        return row, begin, end
+
     def embedding_backward(
-        dout: Data, outer_stride: Stride, inner_stride: Stride, tokens: Long, begins: Long, ends: Long,
-        parts: Wide, dweight: Data, n: Size, vocab: Size, inner: Size, wide: Size,
+        dout: Data, outer_stride: Stride, inner_stride: Stride, keys: Long, tokens: Long, begins: Long, ends: Long,
+        parts: Wide, dweight: Data, n: Size, vocab: Size, inner: Size, wide: Size, frequent: Size,
     ):  # fmt: skip
         """Equation: dweight[v] = sum of dout over the tokens with id v.
         Threads: `warps` warps own a row of the table and take its batches by turns: whole chunks, which are summed
-        already, and single tokens before and after them.
+        already, and single tokens before and after them. With `frequent`, one warp leaves out frequent rows, and
+        several take these only.
         Owns: its row of dweight, or the columns of it that blocks along y share; zeros if no token has that id.
         Saved: nothing; `tokens` are sorted by id, those of id v stand from begins[v] to ends[v].
         """
@@ -146,11 +166,10 @@ def _backward(real, data, warps):
         high, low = cuda.local.array(width, real), cuda.local.array(width, real)
         tid = uint32(cuda.threadIdx.x)
         lane, warp = tid & uint32(31), tid >> uint32(5)
-        key = uint32(uint32(uint32(cuda.blockIdx.x) * uint32(teams)) + warp // uint32(warps))
-        if key >= vocab:
+        row, begin, end = owned_row(keys, begins, ends, vocab, tid, frequent)
+        if row == vocab:
             return
-        begin, end = uint32(load(begins, key)), uint32(load(ends, key))
-        dweight = shift(dweight, int64(key) * int64(n))
+        dweight = shift(dweight, int64(row) * int64(n))
         at = uint32(uint32(cuda.blockIdx.y) * uint32(columns))
         while at < n:
             j, k, turn = uint32(at + uint32(lane * uint32(width))), begin, uint32(0)

@@ -96,7 +96,7 @@ def test_the_gradient_is_the_references(device_backend, dtype, sizes, many, seed
 
 
 @pytest.mark.parametrize("many", [twin.MANY, 0])
-@pytest.mark.parametrize("split", [(110,), (1, 100, 1), (31, 33, 32)])
+@pytest.mark.parametrize("split", [(110,), (1, 100, 1), (31, 33, 32), (64, 63, 5), (10, 64, 3)])
 def test_ids_of_whole_chunks_and_of_parts_are_summed(device_backend, many, split):
     """The sorted tokens of an id may begin and end anywhere between the chunks of 32."""
     ids = np.random.default_rng(2).permutation(np.repeat(np.arange(len(split)), split))

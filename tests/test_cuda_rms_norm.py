@@ -92,12 +92,17 @@ def test_outputs_and_gradients_are_the_references(device_backend, dtype, shape, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length"),
-    [(np.float32, 513), (np.float32, 1025), (ml_dtypes.bfloat16, 1032), (np.float64, 514)],
+    ("dtype", "length", "fused"),
+    [
+        (np.float32, 513, True),
+        (np.float32, 1025, False),
+        (ml_dtypes.bfloat16, 1032, True),
+        (np.float64, 514, True),
+    ],
 )
-def test_a_row_longer_than_a_team_or_all_registers_is_read_again(device_backend, dtype, length):
+def test_a_row_longer_than_a_team_or_all_registers_is_read_again(device_backend, dtype, length, fused):
     length *= 4 if device_backend.fast else 1
-    arguments = case((1, length), 1, dtype)
+    arguments = case((1, length), 1, dtype, fused)
     assert_close(both(device_backend, *arguments), expected(*arguments), dtype)
 
 
