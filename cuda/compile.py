@@ -22,9 +22,10 @@ from numba.cuda.cudadrv import nvvm
 from npmamba.cuda.device import arguments_of, wide_dtype
 from npmamba.cuda.translate import NUMBERS, Translation
 
-OPTIONS = {"fastmath": True, "opt": 3}
-"""For NVVM alone: denormal float32 results become 0, divisions are good to two units in the last place. Numba itself
-keeps NaN and infinity."""
+OPTIONS = {"ftz": True, "prec_div": False, "prec_sqrt": False, "fma": False, "opt": 3}
+"""For NVVM alone: denormal float32 results become 0, divisions are good to two units in the last place; a product and a
+sum become one operation only where the source says `fma`, so that all variants of a kernel give the same bits. Numba
+itself keeps NaN and infinity."""
 
 
 class Resources(NamedTuple):
