@@ -28,7 +28,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "llvmlite", "scipy", "torch", "jax", "jaxlib", "mambapy", "transformers")
+PACKAGES = (
+    "numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "llvmlite", "scipy", "torch", "jax", "jaxlib", "mambapy",
+    "transformers",
+)  # fmt: skip
 
 
 def limit_threads(threads: int) -> None:

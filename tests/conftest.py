@@ -52,8 +52,18 @@ def device_backend(request: pytest.FixtureRequest) -> backends.Interpreter:
     return backends.backend(request.param)
 
 
+def _is_for_gpu_alone(item: pytest.Item) -> bool:
+    """Tell whether a test function carries the mark itself; then its run in the interpreter is meant by nobody."""
+    marks = getattr(getattr(item, "function", None), "pytestmark", [])
+    return hasattr(item, "callspec") and any(mark.name == "gpu" for mark in marks)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests for a GPU out where there is none; say what is missing if they were asked for."""
+    twice = [item for item in items if _is_for_gpu_alone(item) and "interpreter" in item.callspec.params.values()]
+    if twice:
+        config.hook.pytest_deselected(items=twice)
+        items[:] = [item for item in items if item not in set(twice)]
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not for_gpu or backends.missing() is None:
         return

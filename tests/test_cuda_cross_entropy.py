@@ -57,7 +57,7 @@ def small_blocks(backend, **patched):
 def both(backend, logits, labels, dout=1.5, *, ignore_index=IGNORED, seed=None, check="races", **patched):
     """Return the loss and the gradient."""
     dout = np.asarray(dout, np.float64 if logits.dtype == np.float64 else np.float32)
-    logits, labels, dout = map(backend.array, (logits, labels, dout))
+    logits, labels, dout = (backend.array(np.asarray(x)) for x in (logits, labels, dout))
     with small_blocks(backend, **patched), backend.running(seed, check=check):
         loss, saved = twin.forward(logits, labels, ignore_index=ignore_index, save=True)
         (dlogits,) = twin.backward(dout, saved)
