@@ -29,8 +29,8 @@ from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 PACKAGES = (
-    "numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "llvmlite", "scipy", "torch", "jax", "jaxlib", "mambapy",
-    "transformers",
+    "numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "llvmlite", "scipy", "torch", "jax", "jaxlib",
+    "mambapy", "transformers",
 )  # fmt: skip
 
 
