@@ -80,9 +80,11 @@ def test_rows_are_picked_to_the_bit(device_backend, dtype, sizes, seed):
 def test_every_pattern_of_bits_is_copied(device_backend, d_model):
     bits = np.random.default_rng(1).integers(0, 2**16, (9, d_model), np.uint16) | 0x7C00  # NaN and infinity only
     ids = np.array([3, 0, 8])
+    shifted = np.append(np.uint16(0), bits)[1:].reshape(bits.shape)  # two bytes behind a multiple of four
     for dtype in (np.float16, ml_dtypes.bfloat16):
-        found = looked_up(device_backend, bits.view(dtype), ids)
-        assert same_bits(found.view(np.uint16), bits[ids])
+        for table in (bits, shifted):
+            found = looked_up(device_backend, table.view(dtype), ids)
+            assert same_bits(found.view(np.uint16), bits[ids])
 
 
 @dtypes
@@ -178,6 +180,12 @@ def test_an_id_that_is_no_row_gives_nan_and_no_gradient(device_backend, dtype, d
     assert same_bits(out[~wrong], weight[ids[~wrong]])
     found = gradient(device_backend, dout, ids, 5)
     assert error(found, reference.backward(dout[~wrong], ids[~wrong], 5)) <= TOLERANCES[dtype]
+
+
+def test_all_of_a_long_row_is_nan_for_an_id_that_is_no_row(device_backend):
+    found = looked_up(device_backend, np.zeros((2, 700), np.float32), np.array([2, 1]), check=False)
+    assert np.isnan(found[0]).all()
+    assert not found[1].any()
 
 
 # The sort
