@@ -355,7 +355,8 @@ def test_words_compute_their_definitions(device_backend, dtype):
     a, b, c = (v.astype(np.float64) for v in (x, y, z))
     wanted = {
         "exp2": 2**a, "sqrt": np.sqrt(a), "rcp": 1 / a, "divide": a / b, "magnitude": a,
-        "fma": a.astype(np.longdouble) * b + c, "select": np.where(a < b, a, c), "cast": a + float(np.dtype(dtype).type(0.1)), "double": a,
+        "fma": a.astype(np.longdouble) * b + c, "select": np.where(a < b, a, c),
+        "cast": a + float(np.dtype(dtype).type(0.1)), "double": a,
     }  # fmt: skip
     units = {"exp2": 2.0, "sqrt": 0.51, "rcp": 1.0, "divide": 2.0, "fma": 1.01, "cast": 0.51}
     for word in WORDS:
