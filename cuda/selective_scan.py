@@ -2,6 +2,9 @@
 
 The kernels stand in `scan_forward` and `scan_backward`, how they divide the work in `scan_tile`. Here the caller's
 arrays become pointers and strides; nothing is copied whose memory the kernels can walk.
+
+Time is cut into segments where batch rows and channels are too few to fill the device. Where the cuts are depends on
+the sizes of a call and on the device alone: the same call gives the same bits, another batch size may round otherwise.
 """
 
 from __future__ import annotations
@@ -30,21 +33,27 @@ class Saved(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The arguments as the kernels want them, and how the work is cut."""
+    """The arguments as the kernels want them: in memory that they can walk, parameters in the dtype they compute in."""
 
     u: Any
     delta: Any
     A: Any
     B: Any
+    """As C: (dim, dstate) if it is constant, else (batch, groups, seqlen, dstate)."""
     C: Any
     D: Any
     z: Any
     bias: Any
     marks: Any
+    """What happens at each step, in the order of the scan: see `schedule.step_flags`."""
     constants: dict[str, bool]
+    """Constants of the kernels that follow from which arguments there are."""
     by_channel: bool
+    """Whether the rows of u, delta and z in memory are channels; steps if not."""
     groups: int
+    """Groups of the maps, 1 if they have none."""
     flags: int
+    """Bits that the kernels test: see `scan_tile`."""
     reverse: bool
 
 
@@ -56,6 +65,7 @@ def _rows(x: Any, reverse: bool) -> tuple[Any, tuple[int, int, int]]:
 
 
 def _is_by_channel(x: Any) -> bool:
+    """Tell whether neighbours in memory are steps of a channel."""
     return x.strides[1] != x.itemsize and abs(x.strides[2]) == x.itemsize
 
 
@@ -79,6 +89,7 @@ def _map(M: Any) -> Any:
 
 
 def _plain(x: Any, dtype: Any) -> Any:
+    """Return an optional parameter or state contiguous and in `dtype`."""
     return None if x is None else library(x).ascontiguousarray(native(x, dtype))
 
 
@@ -86,6 +97,7 @@ def _prepare(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, *,
     softplus: bool, zoh: bool, seq_idx: Any, reverse: bool,
 ) -> Work:  # fmt: skip
+    """Return the arguments as the kernels want them; the memory order of u decides for delta and z."""
     wide = wide_dtype(u.dtype)
     by_channel = _is_by_channel(u)
     groups = max(M.shape[1] if M.ndim == 4 else 1 for M in (B, C))
@@ -107,6 +119,7 @@ def _prepare(
 
 
 def _blocks(work: Work, shape: Shape) -> int:
+    """Return how many blocks of threads hold all channels; none holds channels of two groups."""
     return work.groups * -(-(work.u.shape[1] // work.groups) // shape.channels)
 
 
@@ -127,6 +140,7 @@ def _layout(work: Work, shape: Shape, reverse: bool, *arrays: Any) -> dict[str, 
 
 
 def _map_strides(M: Any, reverse: bool) -> tuple[Any, tuple[int, int, int]]:
+    """Return a map in the order of the scan, and its strides of batch, group and step: 0 where one serves all."""
     if M.ndim == 2:
         return M, (0, 0, 0)
     M = M[:, :, ::-1] if reverse else M
@@ -181,6 +195,7 @@ def _resident(work: Work, shape: Shape, segments: int) -> int:
 
 
 def _grid(work: Work, shape: Shape, segments: int) -> tuple[int]:
+    """Return the blocks of a launch, one each for a batch row, a segment and some channels."""
     return (_blocks(work, shape) * segments * work.u.shape[0],)
 
 
@@ -188,7 +203,23 @@ def _scan(
     work: Work, shape: Shape, reverse: bool, arrays: tuple[Any, Any, Any], outputs: tuple[Any, ...],
     length: int, segments: int, flags: int, *, B: Any, C: Any, entering: Any, lead: int = 0, **constants: Any,
 ) -> None:  # fmt: skip
-    """Launch FORWARD over (u, delta, z), or what stands in their place, in the direction asked for."""
+    """Launch FORWARD in the direction asked for.
+
+    Parameters
+    ----------
+    work, shape, length, segments
+        What there is to do, and how it is divided: `segments` of `length` steps, the first one `lead` shorter.
+    reverse : bool
+        Whether to run from the last step to the first.
+    arrays : tuple
+        u, delta and z, or what stands in their place.
+    outputs : tuple
+        y, the state after each segment or the last one, the states that are kept, the sums of delta; or None.
+    B, C, entering
+        The maps, and the state that enters each segment (None: zero).
+    **constants
+        Of the kernel, but for those of the memory's layout.
+    """
     dtype = work.u.dtype
     layout = _layout(work, shape, reverse, *arrays)
     (u, u_strides), (delta, delta_strides) = (_rows(x, reverse) for x in arrays[:2])
@@ -237,7 +268,22 @@ def forward(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, initial_state: Any, *,
     delta_softplus: bool, discretization: str, seq_idx: Any, reverse: bool, precise: bool, save: bool,
 ) -> tuple[Any, Any, Saved | None]:  # fmt: skip
-    """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked."""
+    """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked.
+
+    Parameters
+    ----------
+    u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, discretization, seq_idx, reverse, precise
+        As for `npmamba.ops.selective_scan`: CuPy arrays, or NumPy's under the kernel interpreter.
+    save : bool
+        Whether to keep what `backward` needs: the arguments, and the state before each of its tiles.
+
+    Returns
+    -------
+    y : (batch, dim, seqlen)
+        In the memory order of u: steps of a channel, or channels of a step side by side.
+    last_state : (batch, dim, dstate)
+    saved : Saved or None
+    """
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if precise:
         u, delta, A, B, C, D, z, delta_bias, initial_state = (
@@ -280,6 +326,7 @@ def _like(work: Work, dtype: Any) -> Any:
 
 
 def _entering(work: Work, shape: Shape, reverse: bool, length: int, segments: int, initial: Any) -> Any:
+    """Return the state before every segment, from what each adds to a state of zero."""
     batch, dim, _ = work.u.shape
     wide = wide_dtype(work.u.dtype)
     states = empty(work.u, (batch, segments, dim, shape.padded), wide)
@@ -310,7 +357,22 @@ def _entering_back(
 
 
 def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
-    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, None where one was not given."""
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, None where one was not given.
+
+    Parameters
+    ----------
+    dout : (batch, dim, seqlen) or None
+        Gradient of y, in any memory order; None is zero.
+    dlast_state : (batch, dim, dstate) or None
+        Gradient of the last state, likewise.
+    saved : Saved
+        What `forward` kept.
+
+    Returns
+    -------
+    tuple
+        Arrays of their arguments' shapes and dtypes; du, ddelta and dz in the memory order of u.
+    """
     u, delta, A, B, C, D, z, delta_bias, initial_state = saved.arguments
     work, dtype = saved.work, saved.work.u.dtype
     wide, (batch, dim, seqlen), dstate = wide_dtype(dtype), u.shape, A.shape[1]
