@@ -77,4 +77,4 @@ def _backward(real, data, warps):
     return cross_entropy_backward
 
 
-BACKWARD = Kernel(_backward, threads=THREADS, shipped={"warps": (1, WARPS)})
+BACKWARD = Kernel(_backward, threads=THREADS, blocks=4, shipped={"warps": (1, WARPS)})

@@ -27,7 +27,7 @@ ADDERS = 512
 
 def numbers_of(real: np.dtype, warps: int) -> int:
     """Return how many logits a thread reads at once."""
-    return (32 if warps == 1 else 64) // real.itemsize
+    return 64 // real.itemsize if warps > 1 and real == np.float32 else 32 // real.itemsize
 
 
 # --- a row ---
