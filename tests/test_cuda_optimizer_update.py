@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from cases import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optimizer_update import OPTIONS, case
-from test_tree import signatures
 
 from npmamba.cpu import optimizer_update as cpu
 from npmamba.cuda import launch
@@ -51,11 +49,6 @@ def test_the_interpreter_holds_a_followed_pointer_to_its_count():
         kernel.launch((1,), x.dtype, (np.array([x.ctypes.data]), y, y))
     assert y.tolist() == [2, 0]
     launch.KERNELS.remove(kernel)
-
-
-def test_the_twins_have_the_same_functions():
-    cpu_file, cuda_file = (ROOT / f"{folder}/optimizer_update.py" for folder in ("npmamba/cpu", "cuda"))
-    assert signatures(ast.parse(cuda_file.read_text())) == signatures(ast.parse(cpu_file.read_text()))
 
 
 KINDS = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.booleans())

@@ -202,8 +202,9 @@ def test_segments_fill_the_device_and_cover_time(monkeypatch, batch, seqlen):
 
 @pytest.mark.parametrize("tiles", [0, 8])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_a_layer_runs_is_shipped(dtype, tiles):
+def test_what_a_layer_runs_is_shipped(dtype, tiles, monkeypatch):
     """In training, and without gradients; time whole, and cut into segments."""
+    monkeypatch.setattr(twin, "division", scan_tile.division)  # the tiles of users, whatever `device` left short
     case = new_case(0, 2, 64, 1024, 16, dtype=dtype, z=True, D=True, delta_bias=True, delta_softplus=True)
     case, used = placed(case, "rows"), set()
     with launch.interpreted_by(lambda found, *_: used.add(found.name)), segments_of(tiles):
