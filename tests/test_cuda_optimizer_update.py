@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +20,6 @@ from npmamba.cuda.device import Data, Long, follow, load, store
 from npmamba.testing.findings import OutOfRangeError
 from npmamba.testing.interpret import interpreted
 
-ROOT = Path(__file__).resolve().parent.parent
 CHUNK = cuda.CHUNK
 SHAPES = ((), (0,), (1,), (7,), (3, 33), (2, 3, 16), (CHUNK + 5,))
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
