@@ -1,8 +1,7 @@
-"""The inner loops of the CPU selective scan: one vector of channels walks through one tile of time.
+"""The inner loops of the CPU selective scan, backward: one vector of channels walks through one tile of time.
 
 A tile is `TILE` steps of everything the loops need, staged in scratch memory that stays in the first-level cache.
-`make_state_pass` and `make_state_pass_back` build the loops over time for one state; all else here fills or empties
-tiles.
+`make_state_pass_back` builds the loops over time for one state; all else here fills or empties tiles.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from npmamba.cpu.runtime import inner, tight
+from npmamba.cpu.scan_row import larger
 from npmamba.cpu.simd import accumulate, apart, load, pick, prefetch, store, total, width
 from npmamba.scalar import (
     cast,
-    exp2_product,
-    exp2_product_small,
     fma,
     magnitude,
     phi,
@@ -32,9 +30,6 @@ from npmamba.scalar import (
 
 TILE = 64
 """Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
-
-SPAN = 32
-"""Steps that the forward pass stages at a time: half a tile asks less of the memory at once. It divides TILE."""
 
 DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
 """Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), decays, states."""
@@ -88,12 +83,6 @@ def load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on,
 
 
 @tight
-def larger(x, y):
-    """The larger of two numbers, `x` if `y` is NaN"""
-    return select(y > x, y, x)
-
-
-@tight
 def prefetch_rows(x, b, d, order, row, first, last):
     """Ask for a vector of steps `first` to `last`: a few at a time, between the passes before, they come unnoticed."""
     for i in range(first, last):
@@ -110,46 +99,6 @@ def segments(fresh, row, t0, steps, bounds):
             count += 1
     bounds[count] = steps
     return count
-
-
-def make_state_passes(zoh: bool, constant: bool) -> tuple[Any, Any]:
-    """Build the inner loops: one state, or two, of a vector of channels run through steps `lo` to `hi` of a tile.
-
-    With `constant`, B and C have a factor per channel beside the one per step. A pair shares what it reads and writes
-    of the tile, and needs exponents of at most 126. It gives the bits of its states one after the other.
-    """
-
-    @tight
-    def advance(power, h, y, i, n, a, a2, b, c, tile, B, C):
-        step = get(tile, DELTA, i)
-        inflow = get(tile, INPUTS, i) * cast(pick(B, n * TILE + i), step)
-        gain = cast(pick(C, n * TILE + i), step)
-        if zoh:
-            inflow = inflow * phi(step * a)
-        if constant:
-            inflow = inflow * b
-            gain = gain * c
-        h = state_step(power(step, a2), h, inflow)
-        return h, readout(gain, h, y)
-
-    @inner
-    def state_pass(h, n, a, a2, b, c, tile, B, C, lo, hi):
-        apart()
-        for i in range(lo, hi):
-            h, y = advance(exp2_product, h, get(tile, Y, i), i, n, a, a2, b, c, tile, B, C)
-            put(tile, Y, i, y)
-        return h
-
-    @inner
-    def pair_pass(h, k, n, a, a2, b, c, p, p2, q, r, tile, B, C, lo, hi):
-        apart()
-        for i in range(lo, hi):
-            h, y = advance(exp2_product_small, h, get(tile, Y, i), i, n, a, a2, b, c, tile, B, C)
-            k, y = advance(exp2_product_small, k, y, i, n + 1, p, p2, q, r, tile, B, C)
-            put(tile, Y, i, y)
-        return h, k
-
-    return state_pass, pair_pass
 
 
 def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:

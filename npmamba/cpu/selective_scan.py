@@ -17,26 +17,34 @@ import numpy as np
 
 from npmamba.cpu.layout import in_order_of, native, rows, rows_like
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Write, WriteDouble, empty, launch, scratch
+from npmamba.cpu.scan_row import (
+    A_VALUE,
+    B_FACTOR,
+    C_FACTOR,
+    CACHED,
+    RATE,
+    ROW_SLOTS,
+    largest_rates,
+    load_states,
+    make_walk,
+    store_states,
+)
 from npmamba.cpu.scan_tile import (
     SLOTS,
-    SPAN,
     TILE,
-    Y,
-    get,
     kernel_name,
     load_cotangents,
     load_inputs,
     load_maps,
     make_state_pass_back,
-    make_state_passes,
     prefetch_rows,
     segments,
     store_input_gradients,
     store_map_gradients,
 )
 from npmamba.cpu.schedule import Schedule, channel_blocks, schedule
-from npmamba.cpu.simd import AVX512, LANES, any_lane, load, store, width
-from npmamba.scalar import cast, exp2_product, exp2_product_small, magnitude, silu
+from npmamba.cpu.simd import LANES, any_lane, load, store, width
+from npmamba.scalar import cast, exp2_product, exp2_product_small, magnitude
 from npmamba.shapes import compute_dtype
 
 BLOCK_VECTORS = 16
@@ -44,7 +52,7 @@ BLOCK_VECTORS = 16
 
 
 def _make_forward(zoh: bool, constant: bool) -> Kernel:
-    state_pass, pair_pass = make_state_passes(zoh, constant)
+    walk = make_walk(zoh, constant)
 
     def _forward(
         start: Int,
@@ -71,76 +79,40 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
         softplus_on: Flag,
     ):
         """Equation: h_t = exp(delta_t A) h_{t-1} + f_t B_t u_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
-        Threads: a task is (batch row, block of channels); loops over spans of time, channel vectors, pairs of
-        states, time.
+        Threads: a task is (batch row, block of channels); loops over rows of the block's vectors, time, channel
+        vectors, states.
         Owns: out, last and checkpoints of its channels; nothing is summed across tasks.
         Saved: the state before each tile.
         """
         w, dstate = width(u), A.shape[0]
-        tile_B, tile_C = scratch((dstate * TILE,), u), scratch((dstate * TILE,), u)
-        tile = scratch((SLOTS * (TILE + 1) * w,), u)
-        h = scratch((BLOCK_VECTORS, dstate, w), u)
-        bounds = np.empty(TILE + 1, np.int64)
-        share = (SPAN + dstate - 1) // max(dstate, 1)
+        most = max(1, min(BLOCK_VECTORS, CACHED // dstate))
+        kind = most * dstate * w
+        h, coefficients = scratch((kind,), u), scratch((4 * kind if zoh or constant else kind,), u)
+        row, largest = scratch((ROW_SLOTS * most * w,), u), scratch((most * w,), u)
         for task in range(start, stop):
             b, block = task // blocks.shape[0], task % blocks.shape[0]
             d0, d1, group = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-            row = b % order.shape[0]
-            vectors = (d1 - d0 + w - 1) // w
-            for v in range(vectors):
-                d = d0 + v * w
-                for n in range(dstate):
-                    store(h, (v, n, 0), load(initial, (b, n, d), d1 - d))
-            for t0 in range(0, steps_of[row], SPAN):
-                steps = min(SPAN, steps_of[row] - t0)
-                t1, t2 = t0 + steps, min(t0 + steps + SPAN, steps_of[row])
-                runs = segments(fresh, row, t0, steps, bounds)
-                load_maps(B, C, order, b, group, row, t0, steps, tile_B, tile_C)
-                for v in range(vectors):
-                    d = d0 + v * w
-                    count = d1 - d
-                    reach = load_inputs(u, raw_delta, bias, D, order, b, d, row, t0, steps, softplus_on, count, tile)
-                    for n in range(0, dstate, 2):
-                        m = min(n + 1, dstate - 1)  # the pair of states n and m, or n alone if they are the same
-                        p0, p1 = t1 + n * share, min(t1 + (n + 2) * share, t2)
-                        prefetch_rows(u, b, d, order, row, p0, p1)
-                        prefetch_rows(raw_delta, b, d, order, row, p0, p1)
-                        prefetch_rows(out, b, d, order, row, p0, p1)
-                        if z.shape[0]:
-                            prefetch_rows(z, b, d, order, row, p0, p1)
-                        g, k = load(h, (v, n, 0)), load(h, (v, m, 0))
-                        if checkpoints.shape[0] and t0 % TILE == 0:
-                            store(checkpoints, (b, t0 // TILE, n, d), g, count)
-                            store(checkpoints, (b, t0 // TILE, m, d), k, count)
-                        a, a2 = load(A, (n, d), count), load(A2, (n, d), count)
-                        bf, cf = load(B_factor, (n, d), count), load(C_factor, (n, d), count)
-                        p, p2 = load(A, (m, d), count), load(A2, (m, d), count)
-                        q, r = load(B_factor, (m, d), count), load(C_factor, (m, d), count)
-                        limit = cast(126, a2)
-                        for run in range(runs):
-                            lo, hi = bounds[run], bounds[run + 1]
-                            if fresh[row, t0 + lo]:
-                                g, k = cast(0, g), cast(0, k)
-                            large = (magnitude(a2) * reach > limit) | (magnitude(p2) * reach > limit)
-                            small = AVX512 or not any_lane(large)
-                            if small and n < m:
-                                g, k = pair_pass(g, k, n, a, a2, bf, cf, p, p2, q, r, tile, tile_B, tile_C, lo, hi)
-                            else:
-                                g = state_pass(g, n, a, a2, bf, cf, tile, tile_B, tile_C, lo, hi)
-                                if n < m:
-                                    k = state_pass(k, m, p, p2, q, r, tile, tile_B, tile_C, lo, hi)
-                        store(h, (v, m, 0), k)
-                        store(h, (v, n, 0), g)
-                    for i in range(steps):
-                        t = order[row, t0 + i]
-                        value = get(tile, Y, i)
-                        if z.shape[0]:
-                            value = value * silu(load(z, (b, t, d), count))
-                        store(out, (b, t, d), value, count)
-            for v in range(vectors):
-                d = d0 + v * w
-                for n in range(dstate):
-                    store(last, (b, n, d), load(h, (v, n, 0)), d1 - d)
+            line = b % order.shape[0]
+            steps = steps_of[line]
+            for d in range(d0, d1, most * w):
+                vectors = min(most, (d1 - d + w - 1) // w)
+                load_states(A2, RATE * kind, d, d1, vectors, coefficients)
+                largest_rates(coefficients, dstate, vectors, largest)
+                if zoh:
+                    load_states(A, A_VALUE * kind, d, d1, vectors, coefficients)
+                if constant:
+                    load_states(B_factor, B_FACTOR * kind, d, d1, vectors, coefficients)
+                    load_states(C_factor, C_FACTOR * kind, d, d1, vectors, coefficients)
+                load_states(initial[b], 0, d, d1, vectors, h)
+                for t0 in range(0, steps, TILE):
+                    if checkpoints.shape[0]:
+                        store_states(h, checkpoints[b, t0 // TILE], d, d1, vectors)
+                    walk(
+                        u, raw_delta, bias, D, z, out, B, C, b, group, order[line], fresh[line], t0,
+                        min(t0 + TILE, steps), steps, d, d1, vectors, dstate, kind, h, coefficients, largest, row,
+                        softplus_on,
+                    )  # fmt: skip
+                store_states(h, last[b], d, d1, vectors)
 
     return Kernel(_forward, kernel_name("forward", zoh, constant))
 

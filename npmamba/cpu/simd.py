@@ -150,13 +150,17 @@ def accumulate(a: np.ndarray, index: tuple[int, ...], value: Any) -> None:
     a[index[:-1]][index[-1] : index[-1] + len(value)] += value
 
 
-def pick(a: np.ndarray, i: int) -> Any:
-    """Read ``a[i]`` of a one-dimensional C-contiguous array; unlike NumPy's index, `i` is taken as it is."""
+def pick(a: np.ndarray, i: Any) -> Any:
+    """Read ``a[i]``, with `i` taken as it is: a tuple, or an int if `a` is one-dimensional and C-contiguous."""
     return a[i]
 
 
 def prefetch(a: np.ndarray, index: tuple[int, ...]) -> None:
-    """Ask for the cache line of ``a[index]``; the index need not lie inside the array."""
+    """Ask for the cache line of ``a[index]`` in the second-level cache; the index need not lie inside the array."""
+
+
+def prefetch_near(a: np.ndarray, index: tuple[int, ...]) -> None:
+    """Ask for the cache line of ``a[index]`` in the first-level cache, which is small: for what comes next."""
 
 
 def apart() -> None:
@@ -233,11 +237,15 @@ def _accumulate_result(a, index, value):
 
 
 def _emit_pick(context, builder, sig, args):
+    if isinstance(sig.args[1], types.BaseTuple):
+        return builder.load(_pointer(context, builder, sig, args))
     struct = context.make_array(sig.args[0])(context, builder, args[0])
     return builder.load(builder.gep(struct.data, [context.cast(builder, args[1], sig.args[1], types.intp)]))
 
 
 def _pick_result(a, i):
+    if _is_place(a, i):
+        return a.dtype
     return a.dtype if isinstance(a, types.Array) and a.ndim == 1 and a.layout == "C" else None
 
 
@@ -249,11 +257,14 @@ def _store_result(a, index, value, count=None):
     return types.none
 
 
-def _emit_prefetch(context, builder, sig, args):
-    pointer = builder.bitcast(_pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
-    flags = [ir.Constant(I32, k) for k in (0, 2, 1)]  # read, into the second-level cache, data
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
-    return context.get_dummy_value()
+def _emit_prefetch(locality: int) -> Any:
+    def emit(context, builder, sig, args):
+        pointer = builder.bitcast(_pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
+        flags = [ir.Constant(I32, k) for k in (0, locality, 1)]  # to be read; 3 is near, 2 a level away; data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+        return context.get_dummy_value()
+
+    return emit
 
 
 def _emit_apart(context, builder, sig, args):
@@ -285,7 +296,8 @@ _define(load, lambda a, index, count=None: VECTORS[a.dtype] if _is_place(a, inde
 _define(store, _store_result, _emit_store)
 _define(accumulate, _accumulate_result, _emit_accumulate)
 _define(pick, _pick_result, _emit_pick)
-_define(prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch)
+for _prefetch, _locality in ((prefetch, 2), (prefetch_near, 3)):
+    _define(_prefetch, lambda a, index: types.none if _is_place(a, index) else None, _emit_prefetch(_locality))
 _define(apart, lambda: types.none, _emit_apart)
 _define(any_lane, lambda mask: types.boolean, _emit_any_lane)
 _define(total, lambda x: x.dtype, _emit_total)
