@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
 import numpy as np
 
+from npmamba.cuda.stand_in import StandIn
+
 
 def library(x: Any) -> Any:
     """Return the module that `x` belongs to: ``cupy``, or ``numpy`` under the kernel interpreter."""
+    if type(x) is StandIn:
+        return x.library
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 
@@ -36,3 +41,13 @@ def address(x: Any) -> int:
 def aligned(x: Any, unit: int = 16) -> bool:
     """Tell whether `x` starts at a multiple of `unit` bytes, and every row of its last axis, which is contiguous."""
     return not (address(x) % unit or any(s % unit for s in x.strides[:-1]) or x.strides[-1] != x.itemsize)
+
+
+def multiprocessors(x: Any) -> int:
+    """Return the multiprocessors of the device of `x`; the interpreter has one."""
+    return 1 if isinstance(x, np.ndarray) else _multiprocessors(x.data.device_id)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return sys.modules["cupy"].cuda.Device(device).attributes["MultiProcessorCount"]

@@ -20,6 +20,7 @@ from npmamba.cuda.conv_shares import any_share, line_share, line_share_backward,
 from npmamba.cuda.conv_sum import COLUMNS, SUM
 from npmamba.cuda.conv_update import UPDATE
 from npmamba.cuda.layout import native, side_by_side
+from npmamba.cuda.replay import replayed
 from npmamba.cuda.schedule import walk
 from npmamba.shapes import compute_dtype
 
@@ -64,6 +65,7 @@ def _in_walk_order(reverse: bool, packed: bool, *arrays: Any) -> tuple[Any, ...]
     return tuple(x[..., ::-1] for x in arrays) if reverse and not packed else arrays
 
 
+@replayed
 def forward(
     x: Any,
     weight: Any,
@@ -114,6 +116,7 @@ def _launch_forward(x: Any, y: Any, last: Any, parameters: Any, steps: Any, reve
     conv_any.FORWARD.launch(grid, x.dtype, (*arrays, *strides(x), *strides(y), *sizes))
 
 
+@replayed
 def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
     """Return the gradients of x, weight, bias and initial_state, None where one was not given."""
     x, weight, bias, initial = saved.prepared
@@ -182,6 +185,7 @@ def _backward_any(saved: Saved, dout: Any, x: Any, dx: Any, dlast: Any, dinitial
 _BACKWARD = {conv_rows: _backward_rows, conv_lines: _backward_lines, conv_any: _backward_any}
 
 
+@replayed
 def update(state: Any, x: Any, weight: Any, bias: Any, *, activation: str | None) -> Any:
     """Return y of one step and shift `state` in place. Arguments have been checked."""
     real, (batch, dim) = compute_dtype(x.dtype), x.shape

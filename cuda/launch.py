@@ -30,6 +30,7 @@ import numpy as np
 
 from npmamba.cuda.device import wide_dtype
 from npmamba.cuda.machine import Loaded, current_device
+from npmamba.cuda.stand_in import StandIn
 
 KERNELS: list[Kernel] = []
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -63,6 +64,11 @@ def interpreted_by(run: Run) -> Iterator[None]:
         yield
     finally:
         _interpreter = before
+
+
+def is_interpreting() -> bool:
+    """Tell whether kernels run elsewhere than on a device."""
+    return _interpreter is not None
 
 
 class Kernel:
@@ -162,13 +168,21 @@ class Kernel:
             _check_grid(self.name, grid)
         if _interpreter is not None:
             return _interpreter(self.specialize(dtype, **constants), grid, arguments, shared)
+        for x in arguments:
+            if type(x) is StandIn:
+                return x.library.launch(self, grid, dtype, arguments, shared, constants)
+        loaded = self.loaded(dtype, shared, constants)
+        loaded.function(grid, loaded.threads, loaded.convert(arguments), shared)
+
+    def loaded(self, dtype: Any, shared: int, constants: dict[str, Any]) -> Loaded:
+        """Return the kernel on the current device, allowed as many bytes of dynamic shared memory."""
         key = (dtype, current_device(), *constants.items())
         loaded = self._loaded.get(key)
         if loaded is None:
             loaded = self._loaded[key] = Loaded(self.specialize(dtype, **constants))
         if shared > loaded.shared:
             loaded.allow(shared)
-        loaded.function(grid, loaded.threads, loaded.convert(arguments), shared)
+        return loaded
 
 
 def declared() -> list[Kernel]:

@@ -49,7 +49,11 @@ class Loaded:
         self.function = self.module.get_function(entry)
         self.threads = (specialization.threads,)
         self.real = wide_dtype(specialization.dtype).type
-        kinds = arguments_of(specialization.function)
+        self.describe(specialization.function)
+
+    def describe(self, function: Any) -> None:
+        """Note which of the kernel's arguments are pointers, and which are numbers of which kind."""
+        kinds = arguments_of(function)
         self.names = list(kinds)
         self.sizes, self.strides, self.reals = (
             [i for i, kind in enumerate(kinds.values()) if kind == wanted] for wanted in ("Size", "Stride", "Real")

@@ -9,15 +9,15 @@ the sizes of a call and on the device alone: the same call gives the same bits, 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cuda.arrays import empty, library, strides, zeros
+from npmamba.cuda.arrays import empty, library, multiprocessors, strides, zeros
 from npmamba.cuda.launch import wide_dtype
 from npmamba.cuda.layout import native, side_by_side
+from npmamba.cuda.replay import replayed
 from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
 from npmamba.cuda.scan_forward import CARRY, FORWARD
 from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
@@ -155,17 +155,6 @@ def _marks(work: Work, reverse: bool) -> tuple[Any, int]:
     return (work.marks[:, ::-1], -1) if reverse != work.reverse else (work.marks, 1)
 
 
-@functools.cache
-def _multiprocessors(cupy: Any, device: int) -> int:
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-
-
-def _processors(x: Any) -> int:
-    """Return the multiprocessors of the device of `x`; the interpreter has one."""
-    xp = library(x)
-    return 1 if xp is np else _multiprocessors(xp, x.device.id)
-
-
 WARPS_PER_MULTIPROCESSOR = 16
 BACKWARD_SHARE = 0.75
 """The backward pass needs more registers, so fewer of its warps fit on a multiprocessor."""
@@ -176,7 +165,7 @@ SHORTEST = 8
 def _segments(work: Work, shape: Shape, unit: int, share: float = 1.0) -> tuple[int, int]:
     """Return how long the segments of time are and how many: enough of them to fill the device."""
     batch, _, seqlen = work.u.shape
-    wanted = int(share * WARPS_PER_MULTIPROCESSOR * _processors(work.u)) * 32 // THREADS
+    wanted = int(share * WARPS_PER_MULTIPROCESSOR * multiprocessors(work.u)) * 32 // THREADS
     count = min(wanted // max(1, batch * _blocks(work, shape)), seqlen // (SHORTEST * unit))
     if count <= 1:
         return max(seqlen, 1), 1
@@ -190,7 +179,7 @@ def _resident(work: Work, shape: Shape, segments: int) -> int:
         return 1
     if work.constants["zoh"] or work.constants["packed"]:
         return 2
-    processors = _processors(work.u)
+    processors = multiprocessors(work.u)
     return 4 if 3 * processors < _grid(work, shape, segments)[0] <= 4 * processors else 3
 
 
@@ -264,6 +253,7 @@ def _pad(state: Any, shape: Shape) -> Any:
     return padded
 
 
+@replayed
 def forward(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, initial_state: Any, *,
     delta_softplus: bool, discretization: str, seq_idx: Any, reverse: bool, precise: bool, save: bool,
@@ -356,6 +346,7 @@ def _entering_back(
     return _carry(work, shape, dlast, states, sums, segments)
 
 
+@replayed
 def backward(dout: Any, dlast_state: Any, saved: Saved) -> tuple[Any, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, None where one was not given.
 

@@ -117,3 +117,15 @@ def twin(op: str, array: Any) -> ModuleType:
         raise TypeError(
             f"{op}: this release has no CUDA kernels for it; call it with NumPy arrays (cupy.asnumpy)"
         ) from None
+
+
+def replay(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Return what the forward of a CUDA twin returns, if it was called with such arguments before; else None.
+
+    Such a call was checked before, and is known by the shapes, strides, dtypes and places of its arrays and by its
+    options. Checking a dozen arguments once more takes longer than a GPU needs for a small scan.
+    """
+    cupy = sys.modules.get("cupy")
+    if cupy is None or type(arguments[0]) is not cupy.ndarray:
+        return None
+    return twin(op, arguments[0]).forward.again(arguments, options)

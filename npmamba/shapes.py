@@ -45,7 +45,7 @@ class Known:
     """The calls whose arguments were found right: shapes, dtypes and options that came before need no second look.
 
     A check of a dozen arguments takes longer than a GPU needs for a small scan. A call is known by the operation, the
-    shape and dtype of each array, and the options with their types.
+    type, shape and dtype of each array, and the options with their types.
 
     Examples
     --------
@@ -65,8 +65,11 @@ class Known:
     @staticmethod
     def call(op: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return what a call is known by."""
-        kinds = [None if x is None else (x.shape, x.dtype) for x in arrays]
-        return (op, *kinds, *options, *map(type, options))
+        try:
+            kinds = [None if x is None else (x.shape, x.dtype) for x in arrays]
+        except AttributeError:  # no arrays: never known
+            return (object(),)
+        return (op, *kinds, *map(type, arrays), *options, *map(type, options))
 
     def __contains__(self, call: tuple[Any, ...]) -> bool:
         try:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from npmamba.cpu import runtime
+from npmamba.cuda import replay
 
 # Kernels compile inside the first example, so neither deadlines nor slow-input checks mean anything here.
 _COMMON: dict[str, Any] = {
@@ -44,6 +45,12 @@ def outputs_nobody_wrote_show(monkeypatch: pytest.MonkeyPatch) -> None:
     The code is replaced inside the function, as modules hold the function itself under a name of their own.
     """
     monkeypatch.setattr(runtime.empty, "__code__", unwritten.__code__)
+
+
+@pytest.fixture(autouse=True)
+def no_host_code_is_remembered() -> None:
+    """Forget what CUDA twins do for arguments of which kind: a test may change it."""
+    replay.forget()
 
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
