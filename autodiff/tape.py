@@ -71,7 +71,7 @@ class primitive:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)
-        self.forward, self.name = forward, forward.__name__
+        self.forward, self.name = forward, forward.__name__.removeprefix("_")  # users know the function around it
         self.rule: Callable[..., Any] | None = None
         self.parameters = list(inspect.signature(forward).parameters)
         self.asks_to_save = "save" in self.parameters
@@ -84,7 +84,9 @@ class primitive:
     def __call__(self, *args: Any, **options: Any) -> Any:
         for name, x in options.items():
             if type(x) is Traced:
-                raise TypeError(f"{self.name}: {name} is traced, but keyword arguments have no gradient")
+                raise TypeError(
+                    f"{self.name}: {name} is traced, but keyword arguments have no gradient; pass value_of({name})"
+                )
         tapes = [x.tape for x in args if type(x) is Traced]
         if self.asks_to_save:
             options["save"] = bool(tapes)

@@ -56,10 +56,6 @@ class StandIn:
     >>> x = StandIn(None, 0, (4, 3), (48, 4), np.float32, address=16)
     >>> x.strides, x[1:, ::-1].strides, x[1:].offset
     ((48, 4), (48, -4), 48)
-    >>> x.copy
-    Traceback (most recent call last):
-        ...
-    npmamba.cuda.stand_in.NotReplayable: copy
     """
 
     __slots__ = ("_origin", "_view", "device_id", "library", "source")

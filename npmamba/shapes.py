@@ -7,6 +7,8 @@ an axis binds its length, and an argument that disagrees is named together with 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,19 @@ def native_dtype(dtype: Any) -> np.dtype:
 def dtype_name(dtype: Any) -> str:
     """Return the name of `dtype`, which NumPy takes microseconds to build."""
     return dtype.name
+
+
+def shown(value: Any) -> str:
+    """Return what an error says of a value that came: its representation, cut where it is long.
+
+    >>> shown("relu"), shown(10**5000)
+    ("'relu'", 'an int too long to show')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # a number of thousands of digits has none, and other people's objects may do anything
+        return f"an {type(value).__name__} too long to show"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _expectation(name: str, x: Any, layouts: tuple[str, ...]) -> str:
@@ -176,9 +191,30 @@ class Arguments:
     def choice(self, name: str, value: Any, choices: tuple[Any, ...]) -> None:
         """Raise ValueError unless `value` is one of `choices`."""
         if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-            raise ValueError(f"{self.op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise ValueError(f"{self.op}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
     def flag(self, name: str, value: Any) -> None:
         """Raise TypeError unless `value` is True or False."""
         if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{self.op}: {name} must be True or False, got {value!r}")
+            raise TypeError(f"{self.op}: {name} must be True or False, got {shown(value)}")
+
+    def integer(self, name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+        """Return `value` as an int; TypeError unless it is an integer, ValueError unless it is from `low` to `high`."""
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{self.op}: {name} must be an integer, got {type(value).__name__}")
+        if not low <= value <= high:
+            expected = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"{self.op}: {name} must be {expected}, got {shown(value)}")
+        return int(value)
+
+    def number(self, name: str, value: Any, allowed: Callable[[float], bool], expected: str) -> float:
+        """Return `value` as a float; TypeError unless it is a number, ValueError unless it is `allowed`."""
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.copysign(math.inf, value)
+        if not allowed(number):
+            raise ValueError(f"{self.op}: {name} must be {expected}, got {shown(value)}")
+        return number

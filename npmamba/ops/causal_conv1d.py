@@ -86,6 +86,7 @@ def causal_conv1d(
     >>> causal_conv1d(x, np.array([[10.0, 1.0]]))          # ten times the step before, plus the present one
     array([[[ 1., 12., 23.]]])
     """
+    Arguments("causal_conv1d").flag("return_last_state", return_last_state)
     y, last_state = _causal_conv1d(
         x, weight, bias, initial_state, activation=activation, seq_idx=seq_idx, reverse=reverse
     )

@@ -104,8 +104,10 @@ def _cross_entropy_vjp(dout: Any, saved: Any) -> Any:
 def _check_dout(op: str, dout: Any, logits: Any) -> Any:
     """Return `dout` as an array of shape (); numbers are taken as they are."""
     dtype = compute_dtype(logits.dtype)
+    most = np.finfo(dtype).max
     if isinstance(dout, int | float | np.floating) and not isinstance(dout, bool):
-        return array_module(op, logits=logits).asarray(dout, dtype)
+        number = Arguments(op).number("dout", dout, lambda x: abs(x) <= most or x != x, f"a number of {dtype}")
+        return array_module(op, logits=logits).asarray(number, dtype)
     if dout is None:
         raise TypeError(f"{op}: dout must be a NumPy or CuPy array, got None")
     array_module(op, logits=logits, dout=dout)
@@ -124,8 +126,7 @@ def _check(op: str, logits: Any, labels: Any, ignore_index: Any) -> None:
     check = Arguments(op)
     check.dtype("logits", logits)
     check.integers("labels", labels)
-    if not isinstance(ignore_index, int | np.integer) or isinstance(ignore_index, bool):
-        raise TypeError(f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
+    check.integer("ignore_index", ignore_index)
     _check_range(op, labels, logits.shape[-1], int(ignore_index))
 
 

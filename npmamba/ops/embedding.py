@@ -10,6 +10,8 @@ from npmamba.autodiff.tape import primitive
 from npmamba.backend import array_module, twin
 from npmamba.shapes import Arguments
 
+MAX_VOCAB_SIZE = 2**31 - 1
+
 
 def embedding(weight: Any, input_ids: Any) -> Any:
     """Look up ``weight[input_ids]``.
@@ -94,7 +96,9 @@ def _embedding(weight: Any, *, input_ids: Any, save: bool = False) -> Any:
     check.shape("weight", weight, "vocab_size d_model")
     check.at_least("vocab_size", 1)
     _check_values(op, "weight", weight, input_ids, weight.shape[0])
-    return twin(op, weight).forward(weight, input_ids, save=save)
+    out, saved = twin(op, weight).forward(weight, input_ids, save=save)
+    # Rows of a memory map, or of another subclass, come as one.
+    return (np.asarray(out) if isinstance(out, np.ndarray) else out), saved
 
 
 @_embedding.vjp
@@ -111,10 +115,7 @@ def _check_arrays(op: str, **arrays: Any) -> None:
 
 def _check_gradient(op: str, dout: Any, input_ids: Any, vocab_size: Any) -> None:
     _check_arrays(op, dout=dout, input_ids=input_ids)
-    if not isinstance(vocab_size, int | np.integer) or isinstance(vocab_size, bool):
-        raise TypeError(f"{op}: vocab_size must be an integer, got {type(vocab_size).__name__}")
-    if vocab_size < 1:
-        raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}")
+    Arguments(op).integer("vocab_size", vocab_size, 1, MAX_VOCAB_SIZE)
     if dout.ndim == 0 or dout.shape[:-1] != input_ids.shape:
         raise ValueError(
             f"{op}: dout has shape {dout.shape}, but input_ids has shape {input_ids.shape}; "

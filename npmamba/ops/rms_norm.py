@@ -132,7 +132,7 @@ def _check(op: str, x: Any, weight: Any, residual: Any, eps: Any, **gradients: A
     for name, array in likes.items():
         if array is not None:
             check.dtype(name, array, dtype, like=f"x is {dtype.name}")
-    _check_eps(op, eps)
+    check.number("eps", eps, lambda x: 0 <= x < math.inf, "0 or more and finite")
 
 
 def _check_shapes(op: str, x: Any, weight: Any, likes: dict[str, Any]) -> None:
@@ -148,13 +148,6 @@ def _check_shapes(op: str, x: Any, weight: Any, likes: dict[str, Any]) -> None:
     for name, array in likes.items():
         if array is not None and array.shape != x.shape:
             raise ValueError(f"{op}: {name} has shape {array.shape}, but x has shape {x.shape}; they must be equal")
-
-
-def _check_eps(op: str, eps: Any) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps must be 0 or more and finite, got {eps}")
 
 
 __all__ = ["RmsNormGradients", "rms_norm", "rms_norm_backward"]
