@@ -6,6 +6,7 @@ A recurrent model needs no growing cache: the prompt is read once (``prefill``),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npmamba.backend import beside, on_host
+from npmamba.shapes import FLOATS, Arguments
 
 
 def probabilities(
@@ -43,19 +45,24 @@ def probabilities(
     ------
     ValueError
         If an option is out of range, or a row of `logits` holds NaN or no finite largest value.
+    TypeError
+        If `logits` are no real numbers, or an option has the wrong type.
 
     Examples
     --------
     >>> probabilities([2.0, 1.0, 0.0], top_k=2).round(3)
     array([0.731, 0.269, 0.   ])
     """
-    _check_options(temperature, top_k, top_p)
-    x = np.asarray(logits, dtype=np.float64)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"probabilities: logits must be (..., vocab) with vocab >= 1, got shape {x.shape}")
+    _check_options("probabilities", temperature, top_k, top_p)
+    return _distribution("probabilities", logits, temperature, top_k, top_p)
+
+
+def _distribution(op: str, logits: Any, temperature: float, top_k: int, top_p: float) -> NDArray[np.float64]:
+    """Do what `probabilities` says, under the name of the function that was called; its options have been checked."""
+    x = _check_logits(op, logits)
     peak = x.max(axis=-1, keepdims=True)
     if not np.isfinite(peak).all():
-        raise ValueError("probabilities: a row of logits holds NaN or has no finite largest value")
+        raise ValueError(f"{op}: a row of logits holds NaN or has no finite largest value")
     if temperature == 0:
         return _one_hot(x)
     with np.errstate(over="ignore"):  # (x - peak) / 1e-300 is -inf, whose exp is 0: what is meant
@@ -64,13 +71,32 @@ def probabilities(
     return _keep_nucleus(_keep_likeliest(p, top_k), top_p)
 
 
-def _check_options(temperature: float, top_k: int, top_p: float) -> None:
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (0: no limit), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1 (1: no limit), got {top_p}")
+def _check_options(op: str, temperature: Any, top_k: Any, top_p: Any) -> None:
+    check = Arguments(op)
+    check.number("temperature", temperature, lambda x: 0 <= x < np.inf, "at least 0 and finite")
+    check.integer("top_k", top_k, 0)
+    check.number("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1 (1: no limit)")
+
+
+def _check_logits(op: str, logits: Any) -> NDArray[np.float64]:
+    """Return logits as float64."""
+    x = _as_array(logits)
+    if x is None or not (x.dtype.kind in "iuf" or x.dtype.name in FLOATS):
+        came = type(logits).__name__ if x is None else x.dtype
+        raise TypeError(f"{op}: logits must be real numbers (..., vocab), got {came}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: logits must be (..., vocab) with vocab >= 1, got shape {x.shape}")
+    return x.astype(np.float64)
+
+
+def _as_array(x: Any) -> Any:
+    """Return an array, or lists of numbers, as a NumPy array; None for anything else."""
+    if isinstance(x, np.ma.MaskedArray):  # its mask would be forgotten
+        return None
+    try:
+        return np.asarray(on_host(x))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _one_hot(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -122,7 +148,16 @@ def sample_token(
     >>> sample_token([[0.0, 3.0, 1.0]], np.random.default_rng(0), temperature=0)
     array([1])
     """
-    p = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_options("sample_token", temperature, top_k, top_p)
+    if not callable(getattr(rng, "random", None)):
+        raise TypeError(f"sample_token: rng must be a numpy.random.Generator, got {type(rng).__name__}")
+    return _draw("sample_token", logits, rng, temperature, top_k, top_p)
+
+
+def _draw(
+    op: str, logits: Any, rng: np.random.Generator, temperature: float, top_k: int, top_p: float
+) -> NDArray[np.int64]:
+    p = _distribution(op, logits, temperature, top_k, top_p)
     if temperature == 0:
         return p.argmax(axis=-1)
     cdf = np.cumsum(p, axis=-1)
@@ -144,21 +179,31 @@ def stream(
     seed: int | None = None,
     eos_token_id: int | None = None,
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the next tokens (batch,) as they are drawn; the arguments are those of `generate`."""
-    ids = _check_prompt(input_ids)
-    _check_options(temperature, top_k, top_p)
-    rng = np.random.default_rng(seed)
-    done = np.zeros(ids.shape[0], dtype=bool)
-    if max_new_tokens <= 0:
+    """Yield the next tokens (batch,) as they are drawn; the arguments are those of `generate`, checked at once."""
+    ids, check = _check_prompt(input_ids), Arguments("generate")
+    if not callable(getattr(model, "prefill", None)) or not callable(getattr(model, "step", None)):
+        raise TypeError(f"generate: model must have the methods prefill and step, got {type(model).__name__}")
+    new = check.integer("max_new_tokens", max_new_tokens, 0)
+    _check_options("generate", temperature, top_k, top_p)
+    seed = None if seed is None else check.integer("seed", seed, 0, math.inf)
+    eos_token_id = None if eos_token_id is None else check.integer("eos_token_id", eos_token_id)
+    return _stream(model, ids, new, (temperature, top_k, top_p), np.random.default_rng(seed), eos_token_id)
+
+
+def _stream(
+    model: Any, ids: Any, new: int, limits: tuple[float, int, float], rng: np.random.Generator, eos: int | None
+) -> Iterator[NDArray[np.int64]]:
+    if new == 0:
         return
+    done = np.zeros(ids.shape[0], dtype=bool)
     logits, state = model.prefill(_placed(model, ids))
-    for n in range(max_new_tokens):
-        token = sample_token(on_host(logits), rng, temperature, top_k, top_p)
-        if eos_token_id is not None:
-            token = np.where(done, eos_token_id, token)
-            done |= token == eos_token_id
+    for n in range(new):
+        token = _draw("generate", on_host(logits), rng, *limits)
+        if eos is not None:
+            token = np.where(done, eos, token)
+            done |= token == eos
         yield token
-        if done.all() or n + 1 == max_new_tokens:
+        if done.all() or n + 1 == new:
             return
         logits = model.step(_placed(model, token), state)
 
@@ -169,10 +214,11 @@ def _placed(model: Any, tokens: Any) -> Any:
     return beside("generate", next(iter(params.values())), tokens) if params else tokens
 
 
-def _check_prompt(input_ids: ArrayLike) -> NDArray[np.integer]:
-    ids = np.asarray(on_host(input_ids))
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"generate: input_ids must be integers (batch, seqlen), got {ids.dtype} {ids.shape}")
+def _check_prompt(input_ids: Any) -> NDArray[np.integer]:
+    ids = _as_array(input_ids)
+    if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        came = type(input_ids).__name__ if ids is None else f"{ids.dtype} {ids.shape}"
+        raise ValueError(f"generate: input_ids must be integers (batch, seqlen), got {came}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(f"generate: input_ids must hold at least one token per row, got shape {ids.shape}")
     return ids
@@ -197,10 +243,11 @@ def generate(
         Anything with ``prefill(ids) -> (logits, state)`` and ``step(ids, state) -> logits`` will do.
     input_ids : array (batch, seqlen), integers
     max_new_tokens : int
+        0 or more.
     temperature, top_k, top_p
         As in `probabilities`; temperature 0 is greedy.
     seed : int, optional
-        The same seed gives the same tokens; None draws a new one each time.
+        0 or more. The same seed gives the same tokens; None draws a new one each time.
     eos_token_id : int, optional
         A row that has drawn it goes on with it; when all rows have, generation stops.
 
@@ -213,6 +260,8 @@ def generate(
     ------
     ValueError
         If `input_ids` is not a non-empty (batch, seqlen) array of integers, or an option is out of range.
+    TypeError
+        If `model` lacks a method, or an option has the wrong type.
 
     Examples
     --------

@@ -198,7 +198,7 @@ class Arguments:
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{self.op}: {name} must be True or False, got {shown(value)}")
 
-    def integer(self, name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    def integer(self, name: str, value: Any, low: float = -(2**63), high: float = 2**63 - 1) -> int:
         """Return `value` as an int; TypeError unless it is an integer, ValueError unless it is from `low` to `high`."""
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{self.op}: {name} must be an integer, got {type(value).__name__}")
@@ -214,7 +214,7 @@ class Arguments:
         try:
             number = float(value)
         except OverflowError:  # an integer of hundreds of digits
-            number = math.copysign(math.inf, value)
+            number = math.inf if value > 0 else -math.inf
         if not allowed(number):
             raise ValueError(f"{self.op}: {name} must be {expected}, got {shown(value)}")
         return number

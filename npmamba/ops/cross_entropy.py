@@ -106,7 +106,7 @@ def _check_dout(op: str, dout: Any, logits: Any) -> Any:
     dtype = compute_dtype(logits.dtype)
     most = np.finfo(dtype).max
     if isinstance(dout, int | float | np.floating) and not isinstance(dout, bool):
-        number = Arguments(op).number("dout", dout, lambda x: abs(x) <= most or x != x, f"a number of {dtype}")
+        number = Arguments(op).number("dout", dout, lambda x: not most < abs(x) < np.inf, f"one of {dtype}")
         return array_module(op, logits=logits).asarray(number, dtype)
     if dout is None:
         raise TypeError(f"{op}: dout must be a NumPy or CuPy array, got None")

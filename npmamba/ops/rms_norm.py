@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from npmamba.autodiff.tape import primitive
 from npmamba.backend import array_module, twin
 from npmamba.shapes import Arguments, compute_dtype
