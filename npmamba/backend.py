@@ -119,13 +119,16 @@ def twin(op: str, array: Any) -> ModuleType:
         ) from None
 
 
-def replay(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Return what the forward of a CUDA twin returns, if it was called with such arguments before; else None.
+def forward(op: str, check: Any, arguments: tuple[Any, ...], options: dict[str, Any], *, save: bool) -> Any:
+    """Check the arguments of an operation with ``check(op, *arguments, **options)`` and return what its twin returns.
 
-    Such a call was checked before, and is known by the shapes, strides, dtypes and places of its arrays and by its
-    options. Checking a dozen arguments once more takes longer than a GPU needs for a small scan.
+    A CUDA twin that was called so before, with arrays of such shapes, strides, dtypes and places, needs no second
+    check: that takes longer than a GPU needs for a small scan.
     """
     cupy = sys.modules.get("cupy")
-    if cupy is None or type(arguments[0]) is not cupy.ndarray:
-        return None
-    return twin(op, arguments[0]).forward.again(arguments, options)
+    if cupy is not None and type(arguments[0]) is cupy.ndarray:
+        results = twin(op, arguments[0]).forward.again(arguments, {**options, "save": save})
+        if results is not None:
+            return results
+    check(op, *arguments, **options)
+    return twin(op, arguments[0]).forward(*arguments, **options, save=save)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from npmamba.autodiff.tape import Traced, primitive
-from npmamba.backend import array_module, twin
+from npmamba.backend import array_module, forward, twin
 from npmamba.shapes import Arguments, compute_dtype, dtype_name
 
 ACTIVATIONS = (None, "silu")
@@ -209,8 +209,7 @@ def causal_conv1d_update(
 def _causal_conv1d(
     x: Any, weight: Any, bias: Any, initial_state: Any, *, save: bool = False, **static: Any
 ) -> Any:
-    _check("causal_conv1d", x, weight, bias, initial_state, **static)
-    y, last, saved = twin("causal_conv1d", x).forward(x, weight, bias, initial_state, **static, save=save)
+    y, last, saved = forward("causal_conv1d", _check, (x, weight, bias, initial_state), static, save=save)
     return (y, last), saved
 
 

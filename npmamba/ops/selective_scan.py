@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.autodiff.tape import primitive
-from npmamba.backend import array_module, replay, twin
+from npmamba.backend import array_module, forward, twin
 from npmamba.shapes import Arguments, Known, compute_dtype
 
 _KNOWN = Known()
@@ -217,11 +217,7 @@ def _selective_scan(
     **static: Any,
 ) -> Any:
     arrays = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    results = replay("selective_scan", arrays, {**static, "save": save})
-    if results is None:
-        _check("selective_scan", *arrays, **static)
-        results = twin("selective_scan", u).forward(*arrays, **static, save=save)
-    y, last_state, saved = results
+    y, last_state, saved = forward("selective_scan", _check, arrays, static, save=save)
     return (y, last_state), saved
 
 
