@@ -18,7 +18,7 @@ import numpy as np
 
 from npmamba.autodiff.tape import Traced, primitive
 from npmamba.backend import array_module, twin
-from npmamba.shapes import HALF, Arguments, dtype_name
+from npmamba.shapes import HALF, Arguments, dtype_name, shown
 
 
 class _Kind(NamedTuple):
@@ -60,6 +60,13 @@ def _product(x: Any, y: Any) -> Any:
         if x.ndim == y.ndim == 2 and name in ("float32", "float64") and x.dtype.isnative and y.dtype.isnative:
             return twin("matmul", x).matmul(x, y)
     return x @ y
+
+
+def _require(op: str, **arrays: Any) -> None:
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got None")
+    array_module(op, **arrays)
 
 
 def _rows(x: Any) -> Any:
@@ -190,7 +197,7 @@ def matmul(x: Any, y: Any) -> Any:
     >>> matmul(np.array([[1.0, 2.0]]), np.array([3.0, 4.0]))
     array([11.])
     """
-    array_module("matmul", x=x, y=y)
+    _require("matmul", x=x, y=y)
     if x.ndim > 2 and y.ndim == 2:  # one product over all rows instead of one per leading index
         return _product(_rows(x), y).reshape(*x.shape[:-1], y.shape[-1]), (x, y)
     return _product(x, y), (x, y)
@@ -213,7 +220,8 @@ def matmul_vjp(dout: Any, saved: Any) -> Any:
 
 @primitive
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
-    array_module("linear", x=x, weight=weight, bias=bias)
+    _require("linear", x=x, weight=weight)
+    array_module("linear", x=x, bias=bias)
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"linear: x must be (..., in), weight (out, in), got {x.shape} and {weight.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -313,6 +321,8 @@ def swapaxes(x: Any, a: int, b: int) -> Any:
 
 @primitive
 def _split(x: Any, *, sizes: tuple[int, ...], axis: int) -> Any:
+    _require("split", x=x)
+    Arguments("split").integer("axis", axis, -x.ndim, x.ndim - 1)
     if builtins.sum(sizes) != x.shape[axis] or min(sizes, default=0) < 0:
         raise ValueError(f"split: sizes {sizes} must add up to {x.shape[axis]}, the length of axis {axis}")
     stops = np.cumsum(sizes).tolist()
@@ -336,14 +346,20 @@ def split(x: Any, sizes: Any, axis: int = -1) -> tuple[Any, ...]:
     Raises
     ------
     ValueError
-        If the sizes do not add up to the length of the axis.
+        If the sizes do not add up to the length of the axis, or there is no such axis.
+    TypeError
+        If `x` is no array, `sizes` no sequence of integers or `axis` no integer.
 
     Examples
     --------
     >>> split(np.arange(3.0), (1, 2))
     (array([0.]), array([1., 2.]))
     """
-    return _split(x, sizes=tuple(sizes), axis=axis)
+    try:
+        lengths = tuple([operator.index(size) for size in sizes])
+    except TypeError:
+        raise TypeError(f"split: sizes must be a sequence of integers, got {shown(sizes)}") from None
+    return _split(x, sizes=lengths, axis=axis)
 
 
 @primitive
@@ -412,7 +428,7 @@ def _dropout(x: Any, *, rate: float, key: tuple[int, ...]) -> Any:
     # A hash spreads any integers over the 128 bits that the generator takes.
     digest = hashlib.blake2b(repr(tuple(operator.index(k) for k in key)).encode(), digest_size=16).digest()
     drawn = {"rate": rate, "key": struct.unpack("<4I", digest)}
-    array_module("dropout", x=x)
+    _require("dropout", x=x)
     Arguments("dropout").dtype("x", x)
     return twin("dropout", x).forward(x, **drawn), drawn
 
@@ -442,15 +458,16 @@ def dropout(x: Any, *, rate: float, key: tuple[int, ...]) -> Any:
     ValueError
         If `rate` is outside [0, 1).
     TypeError
-        If `x` has another dtype.
+        If `x` has another dtype, `rate` is no number or `key` no tuple of integers.
 
     Examples
     --------
     >>> dropout(np.ones(5), rate=0.5, key=(0, 1))
     array([0., 2., 0., 2., 0.])
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")
+    rate = Arguments("dropout").number("rate", rate, lambda r: 0 <= r < 1, "in [0, 1)")
+    if not isinstance(key, tuple) or not all(isinstance(k, int | np.integer) for k in key):
+        raise TypeError(f"dropout: key must be a tuple of integers, got {shown(key)}")
     return _dropout(x, rate=rate, key=key) if rate else x
 
 

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npmamba.autodiff import leaves
 from npmamba.autodiff.tree import tree_items, tree_map, tree_map_path
-from npmamba.backend import array_module, twin
-from npmamba.shapes import compute_dtype
+from npmamba.backend import twin
+from npmamba.shapes import Arguments, compute_dtype, shown
 
 Schedule = Callable[[int], float]
 
@@ -65,9 +66,11 @@ def adamw(
     Parameters
     ----------
     learning_rate : float or callable
-        A number, or a function of the updates made so far, such as `warmup_cosine`.
-    betas, eps, weight_decay : float
-        As in the equations.
+        A number that is not negative, or a function of the updates made so far, such as `warmup_cosine`.
+    betas : pair of float
+        b1 and b2 of the equations, in [0, 1).
+    eps, weight_decay : float
+        As in the equations, at least 0.
     mask : tree of bool or callable, optional
         Which leaves decay: a tree like the parameters (see `decay_mask`), or a function ``(path, array)``.
         By default all do.
@@ -81,7 +84,10 @@ def adamw(
     Raises
     ------
     ValueError
-        From update, if a gradient has not its parameter's shape.
+        If a number is out of its range. From update, if a gradient, or a mean in the state, has not its parameter's
+        shape.
+    TypeError
+        If a number is none. From update, if a leaf is no floating array, or `state` is not from init.
 
     Examples
     --------
@@ -94,37 +100,52 @@ def adamw(
     (array([ 0.5, -0.5]), 1)
     """
 
+    b1, b2 = _check_adamw(learning_rate, betas, eps, weight_decay)
+
     def init(params: Any) -> AdamWState:
+        _leaves_of("adamw", params)
         return AdamWState(0, tree_map(_zeros, params), tree_map(_zeros, params))
 
     def update(grads: Any, state: AdamWState, params: Any, grad_scale: Any = 1.0) -> tuple[Any, AdamWState]:
-        step = state.step + 1
+        leaves.is_state("adamw", state, AdamWState)
+        leaves.is_scalar("adamw", "grad_scale", grad_scale)
+        paths, p = _leaves_of("adamw", params)
+        if not paths:
+            return params, state._replace(step=state.step + 1)
         decays = mask
         if mask is None or callable(mask):
             decays = tree_map_path(mask or (lambda path, p: True), params)
-        paths, leaves, g, m, v, decays = _columns("adamw", params, grads, state.m, state.v, decays)
-        if not paths:
-            return params, state._replace(step=step)
-        _check_libraries("adamw", paths, params=leaves, grads=g, m=m, v=v)
-        options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
-        options |= {"step": step, "lr": _value(learning_rate, state.step), "grad_scale": grad_scale}
-        new = twin("optimizer_update", leaves[0]).adamw_update(leaves, g, m, v, decays, **options)
+        _, (_, g, m, v, decays) = leaves.columns("adamw", params, grads=grads, m=state.m, v=state.v, mask=decays)
+        leaves.library("adamw", paths, params=p, grads=g, m=m, v=v)
+        for what, column in {"the gradient": g, "m": m, "v": v}.items():
+            leaves.same_shapes("adamw", what, paths, column, p)
+        options = {"beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay, "grad_scale": grad_scale}
+        options |= {"step": state.step + 1, "lr": leaves.rate("adamw", learning_rate, state.step)}
+        new = twin("optimizer_update", p[0]).adamw_update(p, g, m, v, decays, **options)
         new_params, m, v = (_like(params, column) for column in new)
-        return new_params, AdamWState(step, m, v)
+        return new_params, AdamWState(state.step + 1, m, v)
 
     return Optimizer(init, update)
 
 
-def _columns(name: str, params: Any, grads: Any, *others: Any) -> list[list[Any]]:
-    """Return the paths of all parameters, and for each tree its leaves in that order."""
-    rows: list[tuple[Any, ...]] = []
+def _check_adamw(learning_rate: Any, betas: Any, eps: Any, weight_decay: Any) -> tuple[float, float]:
+    """Check what `adamw` is given and return the two betas."""
+    leaves.not_negative("adamw", eps=eps, weight_decay=weight_decay)
+    if not callable(learning_rate):
+        leaves.rate("adamw", learning_rate, 0)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"adamw: betas must be a pair of numbers, got {shown(betas)}")
+    check = Arguments("adamw")
+    b1, b2 = (check.number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "in [0, 1)") for i, beta in enumerate(betas))
+    return b1, b2
 
-    def see(path: str, p: Any, g: Any, *leaves: Any) -> None:
-        _check_gradient(name, path, g, p)
-        rows.append((path, p, g, *leaves))
 
-    tree_map_path(see, params, grads, *others)
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(3 + len(others))]
+def _leaves_of(name: str, params: Any) -> tuple[list[str], list[Any]]:
+    """Return the paths and leaves of `params`, which must be floating arrays."""
+    paths, (arrays,) = leaves.columns(name, params)
+    if paths:
+        leaves.library(name, paths, params=arrays)
+    return paths, arrays
 
 
 def _like(tree: Any, leaves: list[Any]) -> Any:
@@ -133,32 +154,25 @@ def _like(tree: Any, leaves: list[Any]) -> Any:
     return tree_map(lambda _: next(supply), tree)
 
 
-def _check_libraries(name: str, paths: list[str], **columns: list[Any]) -> Any:
-    """Return the library of all arrays; a TypeError names two that are not of one."""
-    arrays = [x for column in columns.values() for x in column if x is not None]
-    kinds = {type(x) for x in arrays}
-    if kinds == {np.ndarray}:
-        return np
-    if len(kinds) == 1 and len({x.data.device_id for x in arrays}) == 1:  # as it should be: one stands for all
-        return array_module(name, **{next(iter(columns)): arrays[0]})
-    named = {f"{what}[{path!r}]": x for what, column in columns.items() for path, x in zip(paths, column, strict=True)}
-    return array_module(name, **named)
-
-
 def sgd(learning_rate: float | Schedule, momentum: float = 0.0) -> Optimizer:
     """Gradient descent: ``velocity = momentum · velocity + g``, ``p -= lr · velocity``, as torch.optim.SGD.
 
     Parameters
     ----------
     learning_rate : float or callable
-        A number, or a function of the updates made so far.
+        A number that is not negative, or a function of the updates made so far.
     momentum : float
-        Without it no velocity is kept.
+        At least 0; without it no velocity is kept.
 
     Returns
     -------
     Optimizer
         Its state is an `SGDState`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `adamw`.
 
     Examples
     --------
@@ -170,36 +184,40 @@ def sgd(learning_rate: float | Schedule, momentum: float = 0.0) -> Optimizer:
     ({'w': array([0.5])}, SGDState(step=1, velocity=None))
     """
 
+    leaves.not_negative("sgd", momentum=momentum)
+    if not callable(learning_rate):
+        leaves.rate("sgd", learning_rate, 0)
+
     def init(params: Any) -> SGDState:
+        _leaves_of("sgd", params)
         return SGDState(0, tree_map(_zeros, params) if momentum else None)
 
     def update(grads: Any, state: SGDState, params: Any, grad_scale: Any = 1.0) -> tuple[Any, SGDState]:
-        lr = _value(learning_rate, state.step)
-        paths, leaves, grads, velocities = _columns("sgd", params, grads, state.velocity)
-        xp = _check_libraries("sgd", paths, params=leaves, grads=grads, velocity=velocities)
-        new: list[Any] = []
-        for i, (p, g, velocity) in enumerate(zip(leaves, grads, velocities, strict=True)):
-            dtype = compute_dtype(p.dtype)
-            g = xp.asarray(g, dtype) * xp.asarray(grad_scale, dtype)
-            new.append(xp.asarray(g if velocity is None else momentum * velocity + g, dtype))
-            leaves[i] = xp.asarray(xp.asarray(p, dtype) - lr * new[i], p.dtype)
-        return _like(params, leaves), SGDState(state.step + 1, _like(params, new) if momentum else None)
+        leaves.is_state("sgd", state, SGDState)
+        leaves.is_scalar("sgd", "grad_scale", grad_scale)
+        _leaves_of("sgd", params)
+        lr = leaves.rate("sgd", learning_rate, state.step)
+        paths, (p, g, velocities) = leaves.columns("sgd", params, grads=grads, velocity=state.velocity)
+        xp = leaves.library("sgd", paths, params=p, grads=g, velocity=velocities)
+        leaves.same_shapes("sgd", "the gradient", paths, g, p)
+        if state.velocity is not None:
+            leaves.same_shapes("sgd", "velocity", paths, velocities, p)
+        for i, velocity in enumerate(velocities):
+            p[i], velocities[i] = _sgd_step(xp, p[i], g[i], velocity, lr, momentum, grad_scale)
+        return _like(params, p), SGDState(state.step + 1, _like(params, velocities) if momentum else None)
 
     return Optimizer(init, update)
 
 
+def _sgd_step(xp: Any, p: Any, g: Any, velocity: Any, lr: float, momentum: float, grad_scale: Any) -> tuple[Any, Any]:
+    dtype = compute_dtype(p.dtype)
+    new = xp.asarray(g, dtype) * xp.asarray(grad_scale, dtype)
+    new = xp.asarray(new if velocity is None else momentum * velocity + new, dtype)
+    return xp.asarray(xp.asarray(p, dtype) - lr * new, p.dtype), new
+
+
 def _zeros(p: Any) -> Any:
     return np.zeros_like(p, dtype=compute_dtype(p.dtype), order="C")
-
-
-def _value(learning_rate: float | Schedule, step: int) -> float:
-    return float(learning_rate(step) if callable(learning_rate) else learning_rate)
-
-
-def _check_gradient(name: str, path: str, grad: Any, param: Any) -> None:
-    if getattr(grad, "shape", None) != param.shape:
-        came = f"shape {grad.shape}" if hasattr(grad, "shape") else type(grad).__name__
-        raise ValueError(f"{name}: the gradient of {path} must have shape {param.shape}, got {came}")
 
 
 def decay_mask(params: Any) -> Any:
@@ -263,9 +281,7 @@ def clip_factor(grads: Any, max_norm: float) -> tuple[Any, Any]:
     >>> clip_factor({"w": np.array([3.0, 4.0])}, 1.0)
     (0.2, 5.0)
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip_factor: max_norm must be above 0, got {max_norm}")
-    norm, factor = _norm_and_factor("clip_factor", grads, max_norm)
+    norm, factor = _norm_and_factor("clip_factor", grads, leaves.positive("clip_factor", "max_norm", max_norm))
     return factor, norm
 
 
@@ -274,7 +290,7 @@ def _norm_and_factor(name: str, tree: Any, max_norm: float) -> tuple[Any, Any]:
     if not items:
         return 0.0, 1.0
     paths, arrays = (list(column) for column in zip(*items, strict=True))
-    _check_libraries(name, paths, tree=arrays)
+    leaves.library(name, paths, tree=arrays)
     return twin("optimizer_update", arrays[0]).global_norm(arrays, max_norm)
 
 
@@ -306,8 +322,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Any]:
     >>> clip_by_global_norm({"w": np.array([3.0, 4.0])}, 1.0)
     ({'w': array([0.6, 0.8])}, 5.0)
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip_by_global_norm: max_norm must be above 0, got {max_norm}")
+    max_norm = leaves.positive("clip_by_global_norm", "max_norm", max_norm)
     norm, factor = _norm_and_factor("clip_by_global_norm", grads, max_norm)
     if isinstance(factor, float) and factor == 1.0:
         return grads, norm
@@ -342,7 +357,9 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float
     Raises
     ------
     ValueError
-        Unless ``0 <= warmup_steps < total_steps``.
+        Unless ``0 <= warmup_steps < total_steps`` and the rates are finite and not negative.
+    TypeError
+        If a rate is no number, or a number of steps no integer.
 
     Examples
     --------
@@ -351,6 +368,9 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float
     >>> [round(rate(s), 3) for s in (0, 1, 3, 5, 9)]
     [0.5, 1.0, 0.55, 0.1, 0.1]
     """
+    leaves.not_negative("warmup_cosine", peak=peak, final=final)
+    for name, steps in {"warmup_steps": warmup_steps, "total_steps": total_steps}.items():
+        Arguments("warmup_cosine").integer(name, steps, -math.inf, math.inf)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"warmup_cosine: warmup_steps must be in [0, total_steps), got {warmup_steps} of {total_steps}"

@@ -21,8 +21,8 @@ FLOORS = [
     "scalar shapes backend cache autodiff.tape autodiff.tree",
     "cpu cpu.* cuda.* reference reference.*",
     "ops ops.* autodiff.algebra autodiff.check lti",
-    "autodiff autodiff.optim block config config_names initialize data vocabulary corpus streaming settings"
-    " checkpoint tensorfile training_state files generate",
+    "autodiff autodiff.leaves autodiff.optim block config config_names initialize data vocabulary corpus streaming"
+    " settings checkpoint tensorfile training_state files generate",
     "lm tasks",
     "train inspect testing testing.* report report_style charts summary progress runs plan doctor arguments",
     "cli",
