@@ -1,275 +1,108 @@
 """CUDA twin of `npmamba.cpu.optimizer_update`: a whole list of arrays in one launch, and a norm nobody waits for.
 
-The arrays lie anywhere in the device's memory. The host writes their addresses into a table; a second table, made once
-for a list of sizes, tells each block its array and its `CHUNK` of it. New parameters and means are slices of one
-allocation each. The clipping factor is a number in the device's memory that the update reads.
+What follows from sizes and dtypes (which block has which chunk, where each result begins) is made once and remembered.
+A call then reads the arrays' addresses, one table for all, and sends it to the device: gradients lie elsewhere at every
+step. New parameters and means are slices of one allocation each, or the old ones' memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npmamba.cuda.arrays import address, empty, library
-from npmamba.cuda.device import (
-    Data,
-    Double,
-    Long,
-    Real,
-    Size,
-    Stride,
-    Wide,
-    cuda,
-    double,
-    follow,
-    load,
-    load4,
-    shift,
-    store,
-    store4,
-)
-from npmamba.cuda.launch import Kernel
-from npmamba.scalar import adamw_step, cast, divide, running_mean, sqrt
+from npmamba.cuda.optimizer_kernels import ADAMW, CHUNK, NORM, PLACE, SQUARES
 from npmamba.shapes import compute_dtype
 
-uint32, int64, float64 = np.uint32, np.int64, np.float64
-DOUBLE, INFINITY = np.dtype(np.float64), math.inf
-THREADS = 256
-CHUNK = 16 * THREADS
-"""Numbers of a block."""
-SUMMERS = 1024
-"""Threads that add the blocks' sums."""
 UNIT = 64
 """Slices begin at multiples of so many numbers: of 128 bytes, a line of the cache, or more."""
-PLACE = 5
-"""Numbers in a line of the table of places: array, first number, where the result begins, count, whether it decays."""
 
 
-# --- kernels ---
+# --- what is made once for a list of sizes and dtypes ---
 
 
-def _place(places):
-    """Return this block's array, first number, count, first number of the result, and whether it decays."""
-    line = shift(places, int64(cuda.blockIdx.x) * int64(PLACE))
-    count, decays = uint32(load(line, uint32(3))), load(line, uint32(4)) != int64(0)
-    return load(line, uint32(0)), load(line, uint32(1)), count, load(line, uint32(2)), decays
+class _Group(NamedTuple):
+    """The arrays of one dtype: which these are, the table of places, and where results begin among `total` numbers."""
 
-
-def _chunk(like, addresses, at, first, count):
-    """Return a pointer like `like` to the block's chunk of the array whose address stands at `at`."""
-    return shift(follow(like, load(shift(addresses, at), uint32(0)), first + int64(count)), first)
-
-
-def _update_one(p, g, m, v, factor, beta1, beta2, rest1, rest2, decay, rate, root, eps):
-    """Return the new parameter and means of one number."""
-    g = g * factor
-    m, v = running_mean(m, g, beta1, rest1), running_mean(v, g * g, beta2, rest2)
-    return adamw_step(p, m, v, decay, rate, root, eps), m, v
-
-
-def _adamw(real):
-    def optimizer_update_adamw(
-        places: Long,
-        addresses: Long,
-        arrays: Stride,
-        new_param: Data,
-        new_m: Wide,
-        new_v: Wide,
-        grad_scale: Wide,
-        beta1: Real,
-        beta2: Real,
-        rest1: Real,
-        rest2: Real,
-        decay: Real,
-        one: Real,
-        rate: Real,
-        root: Real,
-        eps: Real,
-    ):
-        """Equation: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = decay p - rate m / (sqrt(v) / root + eps).
-        Threads: a block is a chunk of one array, a thread four neighbouring numbers of each round.
-        Owns: its chunk of the new parameter and means.
-        Saved: nothing.
-        """
-        tid = uint32(cuda.threadIdx.x)
-        at, first, count, result, decays = _place(places)
-        p = _chunk(new_param, addresses, at, first, count)
-        g = _chunk(new_param, addresses, at + arrays, first, count)
-        at += arrays + arrays
-        m = _chunk(new_m, addresses, at, first, count)
-        v = _chunk(new_v, addresses, at + arrays, first, count)
-        to_p, to_m, to_v = shift(new_param, result), shift(new_m, result), shift(new_v, result)
-        c, d = load(grad_scale, uint32(0)), decay if decays else one
-        i = uint32(4) * tid
-        while uint32(i + uint32(4)) <= count:
-            p0, p1, p2, p3 = load4(p, i)
-            g0, g1, g2, g3 = load4(g, i)
-            m0, m1, m2, m3 = load4(m, i)
-            v0, v1, v2, v3 = load4(v, i)
-            p0, m0, v0 = _update_one(p0, g0, m0, v0, c, beta1, beta2, rest1, rest2, d, rate, root, eps)
-            p1, m1, v1 = _update_one(p1, g1, m1, v1, c, beta1, beta2, rest1, rest2, d, rate, root, eps)
-            p2, m2, v2 = _update_one(p2, g2, m2, v2, c, beta1, beta2, rest1, rest2, d, rate, root, eps)
-            p3, m3, v3 = _update_one(p3, g3, m3, v3, c, beta1, beta2, rest1, rest2, d, rate, root, eps)
-            store4(to_p, i, (p0, p1, p2, p3))
-            store4(to_m, i, (m0, m1, m2, m3))
-            store4(to_v, i, (v0, v1, v2, v3))
-            i = uint32(i + uint32(4 * THREADS))
-        i = uint32(count - count % uint32(4) + tid)
-        if i < count:
-            p0, g0, m0, v0 = load(p, i), load(g, i), load(m, i), load(v, i)
-            p0, m0, v0 = _update_one(p0, g0, m0, v0, c, beta1, beta2, rest1, rest2, d, rate, root, eps)
-            store(to_p, i, p0)
-            store(to_m, i, m0)
-            store(to_v, i, v0)
-
-    return optimizer_update_adamw
-
-
-def _make_sum_of_block(threads):
-    def sum_of_block(mine, shared, tid):
-        """Return the sum of all threads' numbers, always added in the same order."""
-        shared[tid] = mine
-        cuda.syncthreads()
-        half = uint32(threads // 2)
-        while half > uint32(0):
-            if tid < half:
-                shared[tid] += shared[uint32(tid + half)]
-            cuda.syncthreads()
-            half = uint32(half >> uint32(1))
-        return shared[uint32(0)]
-
-    return sum_of_block
-
-
-def _squares(real):
-    sum_of_block = _make_sum_of_block(THREADS)
-
-    def squares(x, i):
-        x0, x1, x2, x3 = load4(x, i)
-        y0, y1, y2, y3 = double(x0), double(x1), double(x2), double(x3)
-        return y0 * y0 + y1 * y1 + (y2 * y2 + y3 * y3)
-
-    def optimizer_update_squares(places: Long, addresses: Long, like: Data, parts: Double):
-        """Equation: sum x^2, in float64.
-        Threads: a block is a chunk of one array, a thread four neighbouring numbers of each round.
-        Owns: its part of the sum; `optimizer_update_norm` adds the parts.
-        Saved: nothing.
-        """
-        shared = cuda.shared.array(THREADS, DOUBLE)
-        tid = uint32(cuda.threadIdx.x)
-        at, first, count, _, _ = _place(places)
-        x = _chunk(like, addresses, at, first, count)
-        mine = float64(0)
-        i = uint32(4) * tid
-        if count == uint32(CHUNK):  # as many loads as possible before the first sum
-            for _ in range(CHUNK // (4 * THREADS)):
-                mine += squares(x, i)
-                i = uint32(i + uint32(4 * THREADS))
-        while uint32(i + uint32(4)) <= count:
-            mine += squares(x, i)
-            i = uint32(i + uint32(4 * THREADS))
-        i = uint32(count - count % uint32(4) + tid)
-        if i < count:
-            y0 = double(load(x, i))
-            mine += y0 * y0
-        total = sum_of_block(mine, shared, tid)
-        if tid == uint32(0):
-            store(shift(parts, int64(cuda.blockIdx.x)), uint32(0), total)
-
-    return optimizer_update_squares
-
-
-def _norm(real):
-    sum_of_block = _make_sum_of_block(SUMMERS)
-
-    def optimizer_update_norm(parts: Double, count: Size, max_norm: Real, found: Double):
-        """Equation: norm = sqrt(sum of parts), factor = max_norm / norm where max_norm < norm < infinity, else 1.
-        Threads: one block; a thread adds every `SUMMERS`-th part, and a tree their sums.
-        Owns: found, which is (norm, factor).
-        Saved: nothing.
-        """
-        shared = cuda.shared.array(SUMMERS, DOUBLE)
-        tid = uint32(cuda.threadIdx.x)
-        mine = cast(0, max_norm)
-        i = tid
-        while i < count:
-            mine += load(parts, i)
-            i = uint32(i + uint32(SUMMERS))
-        norm = sqrt(sum_of_block(mine, shared, tid))
-        if tid == uint32(0):
-            factor = cast(1, norm)
-            if norm > max_norm and norm < cast(INFINITY, norm):
-                factor = divide(max_norm, norm)
-            store(found, uint32(0), norm)
-            store(found, uint32(1), factor)
-
-    return optimizer_update_norm
-
-
-ADAMW = Kernel(_adamw, threads=THREADS, shipped={})
-SQUARES = Kernel(_squares, threads=THREADS, shipped={})
-NORM = Kernel(_norm, threads=SUMMERS, shipped={}, dtypes=("float64",))
-
-
-# --- from lists of arrays to tables ---
-
-
-class _Places(NamedTuple):
-    """Which block has which chunk: the table of places, and where each array's result begins among `total` numbers."""
-
-    table: Any
-    starts: list[int]
+    dtype: Any
+    members: list[int]
+    places: Any
+    starts: np.ndarray
     total: int
 
 
 @functools.lru_cache(maxsize=64)
-def _make_places(xp: Any, device: int, sizes: tuple[int, ...], decays: tuple[bool, ...]) -> _Places:
-    """Divide arrays of these sizes into chunks; the table lies on the device, so it is made there once."""
+def _groups(
+    xp: Any, device: int, dtypes: tuple[Any, ...], sizes: tuple[int, ...], decays: tuple[bool, ...]
+) -> list[_Group]:
+    """Return the groups of arrays of these dtypes and sizes; their tables of places lie on the device."""
+    found: dict[Any, list[int]] = {}
+    for i, dtype in enumerate(dtypes):
+        found.setdefault(dtype.newbyteorder("="), []).append(i)
+    return [
+        _Group(dtype, members, *_places(xp, [sizes[i] for i in members], [decays[i] for i in members]))
+        for dtype, members in found.items()
+    ]
+
+
+def _places(xp: Any, sizes: list[int], decays: list[bool]) -> tuple[Any, np.ndarray, int]:
+    """Divide arrays into chunks: a line for each, and where each array's result begins."""
     lines, starts, total = [np.empty((0, PLACE), np.int64)], [], 0
     for at, (size, decayed) in enumerate(zip(sizes, decays, strict=True)):
         first = np.arange(0, size, CHUNK, dtype=np.int64)
-        columns = (np.full_like(first, at), first, first + total, np.minimum(size - first, CHUNK))
-        lines.append(np.stack([*columns, np.full_like(first, int(decayed))], axis=1))
+        columns = np.full_like(first, at), first, np.minimum(size - first, CHUNK), np.full_like(first, int(decayed))
+        lines.append(np.stack(columns, axis=1))
         starts.append(total)
         total += -(-size // UNIT) * UNIT
-    return _Places(xp.asarray(np.concatenate(lines)), starts, total)
+    return xp.asarray(np.concatenate(lines)), np.array(starts, np.int64), total
 
 
-def _places(arrays: Sequence[Any], decays: Sequence[bool]) -> _Places:
+def _groups_of(arrays: Sequence[Any], dtypes: Sequence[Any], decays: Sequence[bool]) -> list[_Group]:
     device = 0 if isinstance(arrays[0], np.ndarray) else arrays[0].data.device_id
-    return _make_places(library(arrays[0]), device, tuple(x.size for x in arrays), tuple(map(bool, decays)))
+    return _groups(library(arrays[0]), device, tuple(dtypes), tuple([x.size for x in arrays]), tuple(decays))
 
 
-def _ready(x: Any, dtype: Any) -> Any:
-    """Return `x` in `dtype`, C-ordered and aligned: itself where it is so already."""
-    x = library(x).ascontiguousarray(x, dtype)
-    return x if address(x) % 16 == 0 else x.copy()
+# --- what is made at every call ---
 
 
-def _addresses(*columns: Sequence[Any]) -> Any:
-    """Return the addresses of arrays, a row for each column; they are on their way to the device."""
-    table = np.array([[address(x) for x in column] for column in columns], np.int64)
-    return library(columns[0][0]).asarray(table)
+def _chosen(column: Sequence[Any], members: list[int]) -> Sequence[Any]:
+    return column if len(members) == len(column) else [column[i] for i in members]
 
 
-def _slice(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
-    """Return numbers of `flat` as an array; its own class is three times as quick as an index."""
-    offset = start * flat.itemsize
+def _ready(column: Sequence[Any], members: list[int], dtype: Any) -> tuple[list[Any], list[int]]:
+    """Return the members of a column in `dtype`, C-ordered and aligned, the same arrays if they are so; and addresses.
+
+    A call costs what this does for each array, so it asks for as little as it can.
+    """
+    contiguous, arrays = library(column[0]).ascontiguousarray, _chosen(column, members)
+    if {x.dtype for x in arrays} != {dtype}:
+        arrays = [x.astype(dtype, copy=False) for x in arrays]
+    arrays = [contiguous(x) for x in arrays]
+    addresses = _addresses(arrays)
+    if any([at & 15 for at in addresses]):
+        arrays = [x.copy() if at & 15 else x for x, at in zip(arrays, addresses, strict=True)]
+        addresses = _addresses(arrays)
+    return arrays, addresses
+
+
+def _addresses(arrays: list[Any]) -> list[int]:
+    if isinstance(arrays[0], np.ndarray):
+        return [x.ctypes.data for x in arrays]
+    return [x.data.ptr for x in arrays]
+
+
+def _slices(flat: Any, starts: list[int], shapes: list[tuple[int, ...]]) -> list[Any]:
+    """Return arrays of these shapes that begin so many numbers into `flat`; thrice as quick as indexing it."""
+    size, dtype, array = flat.itemsize, flat.dtype, library(flat).ndarray
     if isinstance(flat, np.ndarray):
-        return np.ndarray(shape, flat.dtype, flat, offset)
-    return library(flat).ndarray(shape, flat.dtype, flat.data + offset)
-
-
-def _groups(dtypes: Sequence[Any]) -> dict[Any, list[int]]:
-    """Return the positions of each dtype."""
-    groups: dict[Any, list[int]] = {}
-    for i, dtype in enumerate(dtypes):
-        groups.setdefault(dtype.newbyteorder("="), []).append(i)
-    return groups
+        return [array(shape, dtype, flat, start * size) for start, shape in zip(starts, shapes, strict=True)]
+    memory = flat.data
+    return [array(shape, dtype, memory + start * size) for start, shape in zip(starts, shapes, strict=True)]
 
 
 # --- the twin's functions ---
@@ -289,51 +122,70 @@ def adamw_update(
     eps: float,
     weight_decay: float,
     grad_scale: Any = 1.0,
+    donate: bool = False,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the new params, m and v of a list of arrays: slices of one allocation for each dtype.
 
-    One launch for each dtype; nobody waits, and a `grad_scale` in the device's memory is read there.
+    One launch for each dtype; nobody waits, and a `grad_scale` in the device's memory is read there. With `donate` the
+    results take the arguments' memory, where they are C-ordered arrays of the dtype that is computed in.
     """
-    new: tuple[list[Any], list[Any], list[Any]] = tuple([None] * len(params) for _ in range(3))
-    means, decay = (beta1, beta2, 1 - beta1, 1 - beta2), (1 - lr * weight_decay, 1.0)
-    rates = (lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps)
     # A gradient of another dtype than its parameter's is not rounded to it: both are widened.
-    same = zip(params, grads, strict=True)
-    kinds = [p.dtype if p.dtype == g.dtype else compute_dtype(p.dtype) for p, g in same]
-    for dtype, members in _groups(kinds).items():
-        columns = [[column[i] for i in members] for column in (params, grads, m, v)]
-        for i, *results in zip(
-            members,
-            *_update(dtype, *columns, [decays[i] for i in members], grad_scale, (*means, *decay, *rates)),
-            strict=True,
-        ):
-            for column, x in zip(new, results, strict=True):
+    dtypes, others = [p.dtype for p in params], [g.dtype for g in grads]
+    kinds = dtypes
+    if dtypes != others:
+        pairs = zip(dtypes, others, strict=True)
+        kinds = [p if p == g else compute_dtype(p) for p, g in pairs]
+    decay, rate = 1 - lr * weight_decay, lr / (1 - beta1**step)
+    numbers = (beta1, beta2, 1 - beta1, 1 - beta2, decay, 1.0, rate, math.sqrt(1 - beta2**step), eps)
+    new: Any = tuple([None] * len(params) for _ in range(3))
+    groups = _groups_of(params, kinds, decays)
+    for group in groups:
+        results = _update(group, (params, grads, m, v), grad_scale, numbers, donate)
+        if len(groups) == 1:
+            new = results
+            break
+        for column, arrays in zip(new, results, strict=True):
+            for i, x in zip(group.members, arrays, strict=True):
                 column[i] = x
-    for i, p in enumerate(params):
-        new[0][i] = new[0][i].astype(p.dtype.newbyteorder("="), copy=False)
+    if kinds is not dtypes:
+        new[0][:] = [x.astype(p.newbyteorder("="), copy=False) for x, p in zip(new[0], dtypes, strict=True)]
     return new
 
 
 def _update(
-    dtype: Any, params: Any, grads: Any, m: Any, v: Any, decays: Any, grad_scale: Any, numbers: tuple[float, ...]
-) -> list[list[Any]]:  # fmt: skip
-    """Return the new params, m and v of arrays of one dtype."""
-    wide, like = compute_dtype(dtype), params[0]
+    group: _Group, columns: tuple[Sequence[Any], ...], grad_scale: Any, numbers: tuple[float, ...], donate: bool
+) -> tuple[list[Any], ...]:
+    """Return the new params, m and v of the arrays of one dtype."""
+    dtype, members, places, starts, total = group
+    wide, params = compute_dtype(dtype), columns[0]
     kinds = (dtype, dtype, wide, wide)
-    columns = [
-        [_ready(x, kind) for x in column] for column, kind in zip((params, grads, m, v), kinds, strict=True)
-    ]
-    places, shapes = _places(params, decays), [p.shape for p in params]
-    flats = [empty(like, (places.total,), kind) for kind in (dtype, wide, wide)]
-    if hasattr(grad_scale, "dtype"):
-        scale = grad_scale.astype(wide, copy=False)
+    ready = [_ready(column, members, kind) for column, kind in zip(columns, kinds, strict=True)]
+    table = np.empty((7, len(members)), np.int64)
+    for row, (_, addresses) in zip(table, ready, strict=False):
+        row[:] = addresses
+    if donate:
+        results = tuple([_given(columns[k], members, ready[k][0]) for k in (0, 2, 3)])
+        table[4:] = table[[0, 2, 3]]
     else:
-        scale = library(like).full((), grad_scale, wide)
-    tables = (places.table, _addresses(*columns), len(params))
-    ADAMW.launch((len(places.table),), dtype, (*tables, *flats, scale, *numbers))
-    return [
-        [_slice(flat, start, shape) for start, shape in zip(places.starts, shapes, strict=True)] for flat in flats
-    ]
+        shapes = [params[i].shape for i in members]
+        flats = [empty(params[0], (total,), kind) for kind in (dtype, wide, wide)]
+        results = tuple([_slices(flat, starts.tolist(), shapes) for flat in flats])
+        for row, flat in zip(table[4:], flats, strict=True):
+            row[:] = starts * flat.itemsize + address(flat)
+    like, clipped = ready[0][0][0], type(grad_scale) is type(params[0])
+    factor, scale = (grad_scale.astype(np.float64, copy=False), 1.0) if clipped else (None, float(grad_scale))
+    tables = places, library(like).asarray(table), len(members)
+    arguments = (*tables, like, ready[2][0][0], factor, int(clipped), scale, *numbers)
+    ADAMW.launch((len(places),), dtype, arguments)
+    return results
+
+
+def _given(column: Sequence[Any], members: list[int], ready: list[Any]) -> list[Any]:
+    """Return the arrays that are ready in the shapes in which they were given: NumPy makes (1,) of ()."""
+    given = _chosen(column, members)
+    if all(map(operator.is_, given, ready)):
+        return ready
+    return [x if x is old else x.reshape(old.shape) for x, old in zip(ready, given, strict=True)]
 
 
 def global_norm(arrays: Sequence[Any], max_norm: float = math.inf) -> tuple[Any, Any]:
@@ -343,15 +195,12 @@ def global_norm(arrays: Sequence[Any], max_norm: float = math.inf) -> tuple[Any,
     """
     if not arrays:
         return 0.0, 1.0
-    lists = {
-        dtype: [_ready(arrays[i], dtype) for i in members]
-        for dtype, members in _groups([x.dtype for x in arrays]).items()
-    }
-    tables = {dtype: _places(members, [False] * len(members)).table for dtype, members in lists.items()}
-    parts, done = empty(arrays[0], (sum(map(len, tables.values())),), np.float64), 0
-    for dtype, members in lists.items():
-        places = tables[dtype]
-        SQUARES.launch((len(places),), dtype, (places, _addresses(members), members[0], parts[done:]))
+    groups = _groups_of(arrays, [x.dtype for x in arrays], (False,) * len(arrays))
+    parts, done = empty(arrays[0], (sum(len(group.places) for group in groups),), np.float64), 0
+    for dtype, members, places, _, _ in groups:
+        ready, addresses = _ready(arrays, members, dtype)
+        table = library(parts).asarray(np.array(addresses, np.int64))
+        SQUARES.launch((len(places),), dtype, (places, table, ready[0], parts[done:]))
         done += len(places)
     found = empty(arrays[0], (2,), np.float64)
     NORM.launch((1,), found.dtype, (parts, done, max_norm, found))

@@ -117,6 +117,28 @@ def test_inputs_are_left_as_they_are_and_results_are_fresh(device_backend):
     assert not any(np.shares_memory(x, y) for new in found for x in new for old in columns for y in old)
 
 
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float32), (np.float64, np.float16)])
+def test_donated_arrays_hold_the_same_results(device_backend, dtypes):
+    columns, decays = cases([(CHUNK + 5,), (5, 9)], 6, dtypes), [True, False]
+    wanted = device_backend.call(cuda.adamw_update, *columns, decays, step=2, **OPTIONS)
+    with device_backend.running():
+        lists = [[device_backend.array(x.copy()) for x in column] for column in columns]
+        given = [lists[k] for k in (0, 2, 3)]
+        found = cuda.adamw_update(*lists, decays, step=2, **OPTIONS, donate=True)
+        assert all(x is y for new, old in zip(found, given, strict=True) for x, y in zip(new, old, strict=True))
+    found = [[device_backend.numpy(x) for x in column] for column in found]
+    assert same_bits(tuple(map(tuple, found)), tuple(map(tuple, wanted)))
+    assert same_bits(tuple(map(device_backend.numpy, lists[1])), tuple(columns[1]))
+
+
+def test_what_cannot_be_donated_is_not(device_backend):
+    param, grad, m, v = case((5, 9), 7, np.float32)
+    wanted = device_backend.call(cuda.adamw_update, [param], [grad], [m], [v], [True], step=2, **OPTIONS)
+    arguments = [np.asfortranarray(param)], [grad], [m], [v]
+    found = device_backend.call(cuda.adamw_update, *arguments, [True], step=2, **OPTIONS, donate=True)
+    assert same_bits(tuple(map(tuple, found)), tuple(map(tuple, wanted)))
+
+
 def test_the_same_bits_run_after_run(device_backend):
     columns = cases([(3 * CHUNK + 2,), (5,)], 5, [np.float32] * 2)
     results = [device_backend.call(cuda.global_norm, columns[1], 1.0, seed=seed) for seed in (0, 1)]

@@ -181,3 +181,24 @@ np.testing.assert_allclose(m, 0.1 * g, rtol=1e-6)
 assert new.dtype == v.dtype == np.float32
 np.testing.assert_allclose(global_norm([g])[0], np.linalg.norm(g.astype(float)), rtol=1e-14)
 """)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_donated_arrays_hold_the_same_results(dtype):
+    arguments = case((3, 50), 8, dtype)
+    wanted = adamw_update(*arguments, step=2, **OPTIONS)
+    given = [x.copy() for x in arguments]
+    found = adamw_update(*given, step=2, **OPTIONS, donate=True)
+    assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(found, wanted, strict=True))
+    shared = [np.shares_memory(x, y) for x, y in zip(found, (given[0], *given[2:]), strict=True)]
+    assert shared == [dtype == np.float32, True, True]
+    assert np.array_equal(given[1], arguments[1])
+
+
+def test_an_array_that_must_not_be_written_is_not():
+    param, grad, m, v = case((50,), 9, np.float32)
+    param.flags.writeable = False
+    copy = param.copy()
+    found = adamw_update(param, grad, m, v, step=2, **OPTIONS, donate=True)
+    assert np.array_equal(param, copy)
+    assert not np.shares_memory(found[0], param)

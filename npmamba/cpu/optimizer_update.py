@@ -102,8 +102,10 @@ def adamw_update(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    donate: bool = False,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Return the new params, m and v of a list of arrays: fresh and C-ordered; the arguments are left as they are.
+    """Return the new params, m and v of a list of arrays: fresh and C-ordered; without `donate` the
+    arguments are left as they are.
 
     With g = grad_scale grad and t = `step`, which counts this update and so starts at 1::
 
@@ -122,6 +124,9 @@ def adamw_update(
         As in the equations.
     grad_scale : number or array ()
         As in the equations; `global_norm` gives the one that clips.
+    donate : bool
+        Whether the results may take the memory of params, m and v, which are then lost. They do where an array is
+        C-ordered, writeable and of the dtype that is computed in.
 
     Examples
     --------
@@ -136,17 +141,18 @@ def adamw_update(
     columns: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
     for decayed, *arrays in zip(decays, params, grads, m, v, strict=True):
         decay = 1 - lr * weight_decay if decayed else 1.0
-        for column, new in zip(columns, _update(arrays, (*means, decay, *rates)), strict=True):
+        for column, new in zip(columns, _update(arrays, (*means, decay, *rates), donate), strict=True):
             column.append(new)
     return columns
 
 
-def _update(arrays: list[np.ndarray], numbers: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+def _update(arrays: list[np.ndarray], numbers: tuple[float, ...], donate: bool) -> tuple[np.ndarray, ...]:
     """Return the new param, m and v of one param, grad, m and v."""
     param, size = arrays[0], arrays[0].size
     dtype = compute_dtype(param.dtype)
-    new = [empty((size,), dtype) for _ in range(3)]
     flat = [_flat(x, dtype) for x in arrays]
+    given = [flat[0], *flat[2:]]
+    new = [x if donate and x.flags.writeable else empty((size,), dtype) for x in given]
     launch(_adamw, dtype, -(-size // BLOCK), *flat, *new, *map(float, numbers), work=size)
     p, m, v = (x.reshape(param.shape) for x in new)
     return p.astype(param.dtype.newbyteorder("="), copy=False), m, v
