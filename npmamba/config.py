@@ -145,7 +145,7 @@ class MambaConfig:
             if type(getattr(self, name)) is not bool:
                 raise wrong(TypeError, name, getattr(self, name), "True or False")
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise wrong(ValueError, name, getattr(self, name), " or ".join(map(repr, choices)))
         self._check_together()
 
@@ -263,6 +263,8 @@ class MambaConfig:
     @classmethod
     def from_json(cls, text: str) -> MambaConfig:
         """Read the text of a ``config.json``; see `from_dict`."""
+        if not isinstance(text, str | bytes | bytearray):
+            raise TypeError(f"MambaConfig.from_json: text must be a string, got {type(text).__name__}")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
