@@ -37,7 +37,7 @@ class Loaded:
 
     def __init__(self, specialization: Specialization) -> None:
         self.device, self.name, self.shared = current_device(), specialization.name, 48 * 1024
-        entry, binary = machine_code(specialization, _architecture(self.device))
+        entry, binary = machine_code(specialization, architecture(self.device))
         self.module = sys.modules["cupy"].cuda.function.Module()
         try:
             self.module.load(binary)
@@ -105,7 +105,7 @@ class Loaded:
 
 
 @functools.cache
-def _architecture(device: int) -> tuple[int, int]:
+def architecture(device: int) -> tuple[int, int]:
     requirements.require_device()
     capability = sys.modules["cupy"].cuda.Device(device).compute_capability
     return int(capability[:-1]), int(capability[-1])

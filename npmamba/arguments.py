@@ -42,9 +42,9 @@ def parser() -> Parser:
     _add_generate(commands)
     doctor = commands.add_parser("doctor", help="say what works here, and why the rest does not")
     doctor.add_argument("--json", action="store_true", help="print JSON, for bug reports")
-    commands.add_parser("warmup", help="compile all kernels now").add_argument(
-        "--float64", action="store_true", help="those for float64 too"
-    )
+    warmup = commands.add_parser("warmup", help="compile all kernels now, for the CPU and, if there is one, the GPU")
+    warmup.add_argument("--float64", action="store_true", help="those for float64 too")
+    warmup.add_argument("--bfloat16", action="store_true", help="those for bfloat16 too, of a GPU; the CPU has none")
     for command in commands.choices.values():
         command.allow_abbrev = False
         command.add_argument("--threads", type=_threads, metavar="N", help="threads (default: all cores)")

@@ -171,16 +171,14 @@ def _table(found: Sequence[Any]) -> str:
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    from npmamba.cpu import runtime
-    from npmamba.doctor import declare_kernels
+    from npmamba.warmup import work
 
-    began, names = time.perf_counter(), ["float32", *(["float64"] if args.float64 else [])]
-    declare_kernels()
-    work = [(kernel, name) for kernel in runtime.KERNELS for name in names]
-    for number, (kernel, name) in enumerate(work, 1):
-        print(f"\rkernel {number} of {len(work)}: {kernel.__module__} {name:<24}", end="", flush=True)
-        kernel[name]
-    print(f"\r{len(work)} kernels are ready after {time.perf_counter() - began:.1f} s{'':<40}")
+    began = time.perf_counter()
+    kernels = work(["float32"] + ["float64"] * args.float64 + ["bfloat16"] * args.bfloat16)
+    for number, kernel in enumerate(kernels, 1):
+        print(f"\rkernel {number} of {len(kernels)}: {kernel.name:<48}", end="", flush=True)
+        kernel.compile()
+    print(f"\r{len(kernels)} kernels are ready after {time.perf_counter() - began:.1f} s{'':<48}")
     return 0
 
 

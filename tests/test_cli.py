@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from npmamba import cli, doctor, progress
 from npmamba.cpu import runtime
-from npmamba.cuda import requirements
+from npmamba.cuda import machine, requirements
 from npmamba.settings import TrainConfig, nearest, read_toml
 
 
@@ -241,6 +241,22 @@ def test_warmup_compiles_every_declared_kernel(monkeypatch, capsys):
     assert cli.main(["warmup", "--float64"]) == 0
     assert [kernel.asked for kernel in kernels] == [["float32", "float64"]] * 2
     assert "4 kernels are ready" in capsys.readouterr().out
+
+
+def test_warmup_compiles_the_gpu_s_kernels_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "KERNELS", [])
+    compiled = []
+    monkeypatch.setattr(requirements, "require_device", lambda: None)
+    monkeypatch.setattr(machine, "current_device", lambda: 3)
+    monkeypatch.setattr(machine, "architecture", lambda device: (device, 0))
+    monkeypatch.setattr(machine, "machine_code", lambda found, cc: compiled.append((found.name, found.dtype.name, cc)))
+    assert cli.main(["warmup"]) == 0
+    assert {(dtype, cc) for _, dtype, cc in compiled} == {("float32", (3, 0))}
+    names = {name.partition("-")[0] for name, _, _ in compiled}
+    assert {"scan_forward.scan", "scan_backward.backward"} <= names
+    assert f"{len(compiled)} kernels are ready" in capsys.readouterr().out
+    assert cli.main(["warmup", "--bfloat16"]) == 0
+    assert {dtype for _, dtype, _ in compiled} == {"float32", "bfloat16"}
 
 
 # --- progress ---

@@ -91,9 +91,9 @@ def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(requirements, "RUNTIME", ())
     monkeypatch.setattr(machine, "machine_code", lambda found, cc: (f"{found.name} sm_{cc[0]}{cc[1]}", b"code"))
-    machine._architecture.cache_clear()
+    machine.architecture.cache_clear()
     yield fake
-    machine._architecture.cache_clear()
+    machine.architecture.cache_clear()
 
 
 ARGUMENTS = (Pointed(), Pointed(), None, -5, 4_000_000_000, 0.5)

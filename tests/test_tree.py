@@ -24,7 +24,7 @@ FLOORS = [
     "autodiff autodiff.leaves autodiff.optim block config config_names initialize data vocabulary corpus streaming"
     " settings checkpoint tensorfile training_state files generate",
     "lm tasks",
-    "train inspect testing testing.* report report_style charts summary progress runs plan doctor arguments",
+    "train inspect testing testing.* report report_style charts summary progress runs plan doctor warmup arguments",
     "cli",
     "__main__",
 ]
