@@ -59,6 +59,9 @@ def columns(name: str, params: Any, **trees: Any) -> tuple[list[str], list[list[
     ValueError
         If a tree has other branches than `params`; it is named.
     """
+    every = params, *trees.values()
+    if params and all(is_flat(tree) and tree.keys() == params.keys() for tree in every):
+        return list(map(str, params)), [[tree[key] for key in params] for tree in every]
     rows: list[tuple[Any, ...]] = []
     try:
         tree_map_path(lambda *row: rows.append(row), params, *trees.values())
@@ -70,6 +73,12 @@ def columns(name: str, params: Any, **trees: Any) -> tuple[list[str], list[list[
         return [], [[] for _ in range(1 + len(trees))]
     paths, *leaves = (list(column) for column in zip(*rows, strict=True))
     return paths, leaves
+
+
+def is_flat(tree: Any) -> bool:
+    """Tell whether a tree is one dict of leaves, as a model's parameters are: hundreds of them are then walked fast."""
+    kinds = {type(x) for x in tree.values()} if type(tree) is dict else {type(None)}
+    return not any(issubclass(kind, dict | list | tuple | None) for kind in kinds)
 
 
 def _check_branches(name: str, what: str, tree: Any, params: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.autodiff import leaves
-from npmamba.autodiff.tree import tree_items, tree_map, tree_map_path
+from npmamba.autodiff.tree import tree_map, tree_map_path
 from npmamba.backend import twin
 from npmamba.shapes import Arguments, compute_dtype, shown
 
@@ -29,7 +29,9 @@ Schedule = Callable[[int], float]
 class Optimizer(NamedTuple):
     """``init(params) -> state`` and ``update(grads, state, params, grad_scale=1.0) -> (params, state)``.
 
-    The gradients are multiplied by `grad_scale`, a number or an array (), on their way.
+    The gradients are multiplied by `grad_scale`, a number or an array (), on their way. `adamw` also takes
+    ``donate=True``: then the new parameters and means may take the memory of the old ones, which are lost. That saves
+    memory, and on a GPU most of the host's time. No array may stand in two places of the trees.
     """
 
     init: Callable[[Any], Any]
@@ -106,7 +108,9 @@ def adamw(
         _leaves_of("adamw", params)
         return AdamWState(0, tree_map(_zeros, params), tree_map(_zeros, params))
 
-    def update(grads: Any, state: AdamWState, params: Any, grad_scale: Any = 1.0) -> tuple[Any, AdamWState]:
+    def update(
+        grads: Any, state: AdamWState, params: Any, grad_scale: Any = 1.0, *, donate: bool = False
+    ) -> tuple[Any, AdamWState]:
         leaves.is_state("adamw", state, AdamWState)
         leaves.is_scalar("adamw", "grad_scale", grad_scale)
         paths, p = _leaves_of("adamw", params)
@@ -120,7 +124,7 @@ def adamw(
         for what, column in {"the gradient": g, "m": m, "v": v}.items():
             leaves.same_shapes("adamw", what, paths, column, p)
         options = {"beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay, "grad_scale": grad_scale}
-        options |= {"step": state.step + 1, "lr": leaves.rate("adamw", learning_rate, state.step)}
+        options |= {"step": state.step + 1, "lr": leaves.rate("adamw", learning_rate, state.step), "donate": donate}
         new = twin("optimizer_update", p[0]).adamw_update(p, g, m, v, decays, **options)
         new_params, m, v = (_like(params, column) for column in new)
         return new_params, AdamWState(state.step + 1, m, v)
@@ -148,9 +152,11 @@ def _leaves_of(name: str, params: Any) -> tuple[list[str], list[Any]]:
     return paths, arrays
 
 
-def _like(tree: Any, leaves: list[Any]) -> Any:
+def _like(tree: Any, new: list[Any]) -> Any:
     """Return a tree like `tree` with other leaves."""
-    supply = iter(leaves)
+    if leaves.is_flat(tree):
+        return dict(zip(tree, new, strict=True))
+    supply = iter(new)
     return tree_map(lambda _: next(supply), tree)
 
 
@@ -286,10 +292,9 @@ def clip_factor(grads: Any, max_norm: float) -> tuple[Any, Any]:
 
 
 def _norm_and_factor(name: str, tree: Any, max_norm: float) -> tuple[Any, Any]:
-    items = tree_items(tree)
-    if not items:
+    paths, (arrays,) = leaves.columns(name, tree)
+    if not paths:
         return 0.0, 1.0
-    paths, arrays = (list(column) for column in zip(*items, strict=True))
     leaves.library(name, paths, tree=arrays)
     return twin("optimizer_update", arrays[0]).global_norm(arrays, max_norm)
 

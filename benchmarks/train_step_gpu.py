@@ -41,7 +41,7 @@ def make_step(config: MambaConfig, batch: int) -> Callable[[], Any]:
         window, count = tokens[count % len(tokens)], count + 1
         loss, gradients = gradient(params, config, cupy.asarray(window[:, :-1]), cupy.asarray(window[:, 1:]))
         factor, _ = clip_factor(gradients, 1.0)
-        params, state = optimizer.update(gradients, state, params, factor)
+        params, state = optimizer.update(gradients, state, params, factor, donate=True)
         return loss
 
     return step

@@ -161,7 +161,7 @@ class Loop:
         key = (config.seed, run.step) if config.dropout else None
         loss, gradients = self.gradient(run.params, run.model, x, y, dropout_key=key)
         factor, norm = clip_factor(gradients, config.clip or math.inf)
-        run.params, run.moments = self.optimizer.update(gradients, run.moments, run.params, factor)
+        run.params, run.moments = self.optimizer.update(gradients, run.moments, run.params, factor, donate=True)
         run.step += 1
         self.pending.append((run.step, loss, norm))
 

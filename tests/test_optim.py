@@ -99,6 +99,21 @@ def test_updates_are_pure_and_repeat_to_the_bit(optimizer, seed):
         assert not any(np.shares_memory(x, z) for z in after), path
 
 
+@given(seed=seeds, nested=st.booleans())
+def test_donated_trees_hold_the_same_results(seed, nested):
+    params, grads, optimizer = tree(seed), tree(seed + 1), adamw(1e-2)
+    if nested:
+        params, grads = [params], [grads]
+    state = optimizer.init(params)
+    wanted = optimizer.update(grads, state, params, 0.3)
+    found = optimizer.update(grads, state, params, 0.3, donate=True)
+    for (path, x), (_, y) in zip(tree_items(found), tree_items(wanted), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+    olds = [x for _, x in tree_items((params, state.m, state.v))]
+    news = [x for _, x in tree_items((found[0], found[1].m, found[1].v))]
+    assert all(np.shares_memory(x, y) for x, y in zip(news, olds, strict=True) if x.size)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_parameters_keep_their_dtype_and_short_ones_have_a_float32_state(optimizer, dtype):
