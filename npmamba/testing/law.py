@@ -1,0 +1,339 @@
+"""What a law is: a theorem about every selective scan, and a function that tries to break it on given arguments.
+
+A law asks the scan twice or more, in different words, and compares the answers; it needs no other implementation. What
+a scan cannot be asked stands in its `Capabilities`, and laws that need it are skipped, with the reason said.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from npmamba.testing.scales import gradient_scale, scan_scale
+
+REQUIRED = ("u", "delta", "A", "B", "C")
+OPTIONS: dict[str, Any] = {
+    "D": None, "z": None, "delta_bias": None, "delta_softplus": False, "initial_state": None, "discretization": "euler",
+    "seq_idx": None, "reverse": False,
+}  # fmt: skip
+ARRAYS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+# Roundings on the longest way through a scan, in units of eps times the scale: arithmetic is float32 at least, so that
+# the short types are rounded but when they are read and written.
+ROUNDINGS = {"float64": 64, "float32": 64, "float16": 4, "bfloat16": 4}
+GRADIENT_ROUNDINGS = 4  # times as many
+MAPS = {2: "constant maps", 3: "shared maps", 4: "groups"}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a scan can be asked, and what it promises.
+
+    Attributes
+    ----------
+    keywords : frozenset of str
+        The optional arguments it takes, of those in `OPTIONS`, and "return_last_state" if it has to be asked.
+    last_state : bool
+        Whether it returns ``(y, last_state)``.
+    rules : tuple of str
+        The discretizations it knows.
+    maps : tuple of str
+        The shapes of B and C it takes: "constant maps" (dim, dstate), "shared maps" (batch, dstate, seqlen), "groups".
+    float64 : bool
+        Whether it takes float64. Differences, by which gradients are checked, need it.
+    strides : bool
+        Whether it takes arrays of any memory order, negative strides among them.
+    nonfinite : bool
+        Whether NaN flows where the equations carry it and nowhere else, and A may be -inf.
+    same_bits : bool
+        Whether rows, parts of time, reversed time, packing and memory order change no bit, as npmamba promises on CPUs.
+    backward : callable or None
+        ``backward(dout=dout, **arguments)`` with `dlast_state` if there is a last state; returns a named tuple or a
+        dictionary of gradients by argument.
+    step : callable or None
+        Like ``npmamba.selective_state_update``: changes the state it is given, and returns y.
+    """
+
+    keywords: frozenset[str] = frozenset({*OPTIONS, "return_last_state"})
+    last_state: bool = True
+    rules: tuple[str, ...] = ("euler", "zoh")
+    maps: tuple[str, ...] = tuple(MAPS.values())
+    float64: bool = True
+    strides: bool = True
+    nonfinite: bool = True
+    same_bits: bool = False
+    backward: Callable[..., Any] | None = field(default=None, repr=False)
+    step: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], **changes: Any) -> Capabilities:
+        """Read off the signature of `fn` which optional arguments it takes; say the rest by `changes`.
+
+        >>> def fn(u, delta, A, B, C, D=None, *, return_last_state=False): ...
+        >>> sorted(Capabilities.of(fn).keywords), Capabilities.of(fn).rules
+        (['D', 'return_last_state'], ('euler',))
+        """
+        names = inspect.signature(fn).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        keywords = frozenset(cls.keywords if open_ended else cls.keywords & set(names))
+        rules = cls.rules if "discretization" in keywords else ("euler",)
+        return cls(**{"keywords": keywords, "rules": rules, **changes})
+
+    def can(self, word: str) -> bool:
+        """Tell whether a law may use an option, a rule, a kind of map, or another of the attributes, by its name."""
+        if word in ("last_state", "float64", "strides", "nonfinite", "backward", "step"):
+            return bool(getattr(self, word))
+        return word in self.keywords or word in self.rules or word in self.maps
+
+
+class Results(NamedTuple):
+    """What a scan returns; or the tolerances for it."""
+
+    y: Any
+    last_state: Any = None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A law that does not hold.
+
+    Attributes
+    ----------
+    law : str
+    what : str
+        Which result, and what is wrong with it.
+    expected, got : array or None
+    error : float
+        Largest difference in units of the tolerance; inf where one is not a number and the other is.
+    arguments : dict
+        Of the call whose result is `got`.
+    """
+
+    law: str
+    what: str
+    expected: Any
+    got: Any
+    error: float
+    arguments: dict[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        text = f"{self.law.replace('_', ' ')}: {self.what}, {self.error:.3g} times what rounding allows"
+        if np.shape(self.got) != np.shape(self.expected) or not np.size(self.got):
+            return text
+        got, expected = np.asarray(self.got, np.float64), np.asarray(self.expected, np.float64)
+        where = np.unravel_index(np.argmax(_distance(got, expected, 1.0)), got.shape)
+        place = f" at {tuple(map(int, where))}" if where else ""
+        return f"{text}; got {got[where]:.9g}{place}, expected {expected[where]:.9g}"
+
+
+class Broken(Exception):
+    """Raised inside a law, with the violation; `Law.check` returns it."""
+
+    def __init__(self, what: str, expected: Any, got: Any, error: float, arguments: dict[str, Any]) -> None:
+        super().__init__(what)
+        self.violation = Violation("", what, expected, got, error, arguments)
+
+
+class Outcome(NamedTuple):
+    """What came of a law on one case."""
+
+    violation: Violation | None
+    skipped: str  # the reason, or "" if the law was checked
+    worst: float  # largest difference that was seen, in units of the tolerance
+
+
+@dataclass(frozen=True)
+class Law:
+    """A theorem with its check. Its docstring, `statement`, says the theorem."""
+
+    name: str
+    statement: str
+    body: Callable[[Scan, dict[str, Any], np.random.Generator], None] = field(repr=False)
+    needs: tuple[str, ...] = ()
+    only: Callable[[dict[str, Any]], str] = field(default=lambda arguments: "", repr=False)
+
+    def why_skipped(self, arguments: dict[str, Any], capabilities: Capabilities) -> str:
+        """Return why the law cannot be checked on these arguments, or "" if it can."""
+        for word in self.needs:
+            if not capabilities.can(word):
+                return f"the scan has no {word}"
+        for name in OPTIONS:
+            if is_given(arguments, name) and name != "discretization" and not capabilities.can(name):
+                return f"the case has {name}, which the scan does not take"
+        for word in (arguments.get("discretization", "euler"), *(MAPS[np.ndim(arguments[n])] for n in "BC")):
+            if not capabilities.can(word):
+                return f"the case has {word}, which the scan does not know"
+        return self.only(arguments)
+
+    def check(
+        self,
+        fn: Callable[..., Any],
+        arguments: dict[str, Any],
+        rng: np.random.Generator,
+        capabilities: Capabilities | None = None,
+    ) -> Violation | None:
+        """Try to break the law.
+
+        Parameters
+        ----------
+        fn : callable
+            Called as ``fn(**arguments)`` only; returns y, or y and the last state.
+        arguments : dict
+            Keyword arguments of ``npmamba.selective_scan``, NumPy arrays.
+        rng : numpy.random.Generator
+            Draws where to cut, what to add and so on.
+        capabilities : Capabilities, optional
+            Read off the signature of `fn` if None.
+
+        Returns
+        -------
+        Violation or None
+            None if the law holds here, and also where it is skipped, which `why_skipped` tells.
+        """
+        return self.examine(fn, arguments, rng, capabilities).violation
+
+    def examine(
+        self,
+        fn: Callable[..., Any],
+        arguments: dict[str, Any],
+        rng: np.random.Generator,
+        capabilities: Capabilities | None = None,
+    ) -> Outcome:
+        """Try to break the law, as `check` does, and tell more: why it was skipped, and how near it came."""
+        capabilities = Capabilities.of(fn) if capabilities is None else capabilities
+        reason = self.why_skipped(arguments, capabilities)
+        if reason:
+            return Outcome(None, reason, 0.0)
+        scan = Scan(fn, capabilities)
+        try:
+            self.body(scan, dict(arguments), rng)
+        except Broken as broken:
+            violation = replace(broken.violation, law=self.name)
+            return Outcome(violation, "", max(scan.worst, violation.error))
+        return Outcome(None, "", scan.worst)
+
+
+def law(*needs: str, only: Callable[[dict[str, Any]], str] | None = None) -> Callable[[Any], Law]:
+    """Make a `Law` of a function ``(scan, arguments, rng)`` that raises `Broken`, through the scan's `close` and
+    `same`.
+
+    Parameters
+    ----------
+    *needs : str
+        What the scan has to be able to: words that `Capabilities.can` knows.
+    only : callable, optional
+        From arguments to the reason why the law says nothing about them, or "".
+    """
+
+    def make(body: Any) -> Law:
+        return Law(body.__name__, inspect.getdoc(body) or "", body, needs, only or (lambda arguments: ""))
+
+    return make
+
+
+def is_given(arguments: dict[str, Any], name: str) -> bool:
+    """Tell whether an optional argument is other than its default."""
+    x = arguments.get(name)
+    return not (x is None or x is False or (isinstance(x, str) and x == OPTIONS.get(name)))
+
+
+def tolerance(arguments: dict[str, Any]) -> Results:
+    """Return how far y and the last state may be off: a number of roundings times eps times the scan's scale."""
+    dtype = arguments["u"].dtype
+    E_y, E_state = scan_scale(arguments)
+    k = ROUNDINGS[dtype.name] * float(ml_dtypes.finfo(dtype).eps)
+    return Results(k * E_y + _vanishing(dtype, E_y), k * E_state + _vanishing(dtype, E_state))
+
+
+def gradient_tolerance(arguments: dict[str, Any], dout: Any, dlast_state: Any = None) -> dict[str, Any]:
+    """Return how far each gradient may be off; B and C as every channel sees them."""
+    dtype = arguments["u"].dtype
+    k = GRADIENT_ROUNDINGS * ROUNDINGS[dtype.name] * float(ml_dtypes.finfo(dtype).eps)
+    scale = gradient_scale(arguments, dout, dlast_state)
+    return {name: k * E + _vanishing(dtype, E) for name, E in scale.items()}
+
+
+def _vanishing(dtype: Any, E: Any) -> float:
+    """Return what a number below the smallest normal one may lose, in products with the largest of this scan."""
+    wide = np.float64 if dtype == np.float64 else np.float32
+    largest = np.max(E, initial=1.0, where=np.isfinite(E))
+    return 16 * float(np.finfo(wide).tiny) * float(largest) + float(ml_dtypes.finfo(dtype).smallest_subnormal)
+
+
+def _distance(got: Any, expected: Any, allowed: Any) -> Any:
+    """Return the differences in units of what is allowed; inf where just one is no finite number."""
+    with np.errstate(all="ignore"):
+        off = np.abs(got - expected) / allowed
+    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+    return np.where(same, 0.0, np.where(np.isnan(off), np.inf, off))
+
+
+class Scan:
+    """The scan under test: calls it with what it takes, and compares what it returns."""
+
+    def __init__(self, fn: Callable[..., Any], capabilities: Capabilities) -> None:
+        self.fn, self.capabilities, self.worst = fn, capabilities, 0.0
+        self.can = capabilities.can
+
+    def __call__(self, arguments: dict[str, Any]) -> Results:
+        """Return y and the last state; None for the latter if the scan has none."""
+        given = self._given(arguments)
+        if self.can("return_last_state") and self.can("last_state"):
+            given["return_last_state"] = True
+        with np.errstate(all="ignore"):
+            out = self._call(self.fn, given, arguments)
+        y, last_state = out if isinstance(out, tuple) else (out, None)
+        shape = arguments["u"].shape[:2] + arguments["A"].shape[1:]
+        self._expect_shape("y", y, arguments["u"].shape, arguments)
+        if self.can("last_state"):
+            self._expect_shape("last_state", last_state, shape, arguments)
+        return Results(np.asarray(y), None if last_state is None else np.asarray(last_state))
+
+    def gradients(self, arguments: dict[str, Any], dout: Any, dlast_state: Any = None) -> dict[str, Any]:
+        """Return the gradients of the arguments that are given, by their names."""
+        given = {**self._given(arguments), "dout": dout}
+        if dlast_state is not None and self.can("last_state"):
+            given["dlast_state"] = dlast_state
+        assert self.capabilities.backward is not None
+        with np.errstate(all="ignore"):
+            out = self._call(self.capabilities.backward, given, arguments)
+        out = out if isinstance(out, dict) else out._asdict()
+        names = [name for name in ARRAYS if arguments.get(name) is not None]
+        for name in names:
+            self._expect_shape(f"the gradient of {name}", out.get(name), arguments[name].shape, arguments)
+        return {name: np.asarray(out[name]) for name in names}
+
+    def _given(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        names = [*REQUIRED, *(name for name in OPTIONS if self.can(name) and is_given(arguments, name))]
+        return {name: arguments[name] for name in names}
+
+    def _call(self, fn: Callable[..., Any], given: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        try:
+            return fn(**given)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            what = f"the call raised {type(error).__name__}: {error}"
+            raise Broken(what, None, None, np.inf, arguments) from error
+
+    def _expect_shape(self, what: str, got: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        if np.shape(got) != tuple(shape):
+            raise Broken(f"{what} has shape {np.shape(got)}, not {tuple(shape)}", None, got, np.inf, arguments)
+
+    def close(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
+        """Raise `Broken` where `got` is farther from `expected` than `allowed`."""
+        distance = _distance(np.asarray(got, np.float64), np.asarray(expected, np.float64), allowed)
+        error = float(np.max(distance, initial=0.0))
+        self.worst = max(self.worst, error)
+        if not error <= 1:
+            raise Broken(f"{what} is off", expected, got, error, arguments)
+
+    def same(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
+        """Raise `Broken` if bits differ, where the scan promises bits; else like `close`."""
+        self.close(what, got, expected, allowed, arguments)
+        if self.capabilities.same_bits and np.asarray(got).tobytes() != np.asarray(expected).tobytes():
+            raise Broken(f"{what} has other bits", expected, got, self.worst, arguments)

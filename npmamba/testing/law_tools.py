@@ -1,0 +1,139 @@
+"""What laws are made of: on which arguments one says something, drawing what a case lacks, comparing, cutting time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npmamba.reference.functions import runs, silu
+from npmamba.testing.law import Results, Scan, tolerance
+
+
+def two_steps(arguments: dict[str, Any]) -> str:
+    return "" if arguments["u"].shape[2] > 1 else "the case has fewer than two steps"
+
+
+def any_step(arguments: dict[str, Any]) -> str:
+    return "" if arguments["u"].size else "the case is empty"
+
+
+def two_rows(arguments: dict[str, Any]) -> str:
+    return "" if arguments["u"].shape[0] > 1 and arguments["u"].size else "the case has fewer than two batch rows"
+
+
+def two_channels(arguments: dict[str, Any]) -> str:
+    return "" if arguments["u"].shape[1] > 1 and arguments["u"].size else "the case has fewer than two channels"
+
+
+def two_states(arguments: dict[str, Any]) -> str:
+    return "" if arguments["A"].shape[1] > 1 and arguments["u"].size else "the case has fewer than two states"
+
+
+def decaying(arguments: dict[str, Any]) -> str:
+    negative = np.all((arguments["A"] < 0) & np.isfinite(arguments["A"]))
+    return any_step(arguments) or ("" if negative else "the case has rates that are not negative")
+
+
+def decaying_in_two_steps(arguments: dict[str, Any]) -> str:
+    return two_steps(arguments) or decaying(arguments)
+
+
+def not_float64(arguments: dict[str, Any]) -> str:
+    return "the case has the widest type already" if arguments["u"].dtype == np.float64 else ""
+
+
+def normal(rng: np.random.Generator, like: Any, shape: Any = None) -> Any:
+    """Draw standard normal numbers of the dtype of `like`, and its shape if no other is given."""
+    return rng.standard_normal(like.shape if shape is None else shape).astype(like.dtype)
+
+
+def drawn(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator, *names: str) -> dict[str, Any]:
+    """Return the arguments with an array for each optional name that the scan can take and the case has not."""
+    batch, dim, _ = arguments["u"].shape
+    shapes = {"z": arguments["u"].shape, "initial_state": (batch, *arguments["A"].shape)}
+    new = {}
+    for name in names:
+        if scan.can(name) and arguments.get(name) is None:
+            new[name] = normal(rng, arguments["u" if name == "z" else "A"], shapes.get(name, (dim,)))
+    if "delta_bias" in new:
+        new["delta_bias"] = np.abs(new["delta_bias"]) / 8  # a step that would be negative lets states grow
+    return {**arguments, **new}
+
+
+def compare(scan: Scan, got: Results, expected: Results, arguments: dict[str, Any], **how: Any) -> None:
+    """Compare y and the last state; `how` has `bits`, the `allowed` results, `amplified` and `places` of y."""
+    allowed, places = how.get("allowed") or tolerance(arguments), how.get("places", ...)
+    test, times = scan.same if how.get("bits") else scan.close, how.get("amplified", 1.0)
+    test("y", got.y[places], expected.y[places], times * allowed.y[places], arguments)
+    if got.last_state is not None and expected.last_state is not None:
+        test("last_state", got.last_state, expected.last_state, times * allowed.last_state, arguments)
+
+
+def combined(one: Results, two: Results, alpha: float = 1.0, beta: float = 1.0) -> Results:
+    return Results(*(None if p is None else alpha * wide(p) + beta * wide(q) for p, q in zip(one, two, strict=True)))
+
+
+def wide(x: Any) -> Any:
+    return np.asarray(x, np.float64)
+
+
+def gate_of(arguments: dict[str, Any]) -> Any:
+    return 1.0 if arguments.get("z") is None else silu(wide(arguments["z"]))
+
+
+def in_pieces(arguments: dict[str, Any], edges: list[int]) -> list[Any]:
+    """Return slices of time between the edges, in the order of the scan."""
+    pieces = [np.s_[i:j] for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    return pieces[:: -1 if arguments.get("reverse") else 1]
+
+
+def joined(results: list[Results], arguments: dict[str, Any]) -> Results:
+    """Return the results of pieces of time, in the order of the scan, as those of one."""
+    in_time = results[:: -1 if arguments.get("reverse") else 1]
+    return Results(np.concatenate([r.y for r in in_time], axis=2), results[-1].last_state)
+
+
+def some_edges(rng: np.random.Generator, seqlen: int) -> list[int]:
+    inner = rng.choice(np.arange(1, seqlen), size=min(seqlen - 1, int(rng.integers(1, 4))), replace=False)
+    return [0, *sorted(int(i) for i in inner), seqlen]
+
+
+def after(arguments: dict[str, Any], count: int) -> Any:
+    """Return the slice of time that comes after the first `count` steps of the scan."""
+    return np.s_[: arguments["u"].shape[2] - count] if arguments.get("reverse") else np.s_[count:]
+
+
+def before(arguments: dict[str, Any], count: int) -> Any:
+    """Return the slice of the first `count` steps of the scan."""
+    return np.s_[arguments["u"].shape[2] - count :] if arguments.get("reverse") else np.s_[:count]
+
+
+def starts_of(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Return which steps count and which start a sequence, (batch, seqlen) of bool, in the order of the scan."""
+    batch, _, seqlen = arguments["u"].shape
+    seq_idx = arguments.get("seq_idx")
+    flip = np.s_[:, ::-1] if arguments.get("reverse") else np.s_[:, :]
+    valid, start = runs(None if seq_idx is None else seq_idx[flip], batch, seqlen)
+    return valid[flip], start[flip]
+
+
+def fortran(x: Any) -> Any:
+    return np.asfortranarray(x)
+
+
+def strided(x: Any) -> Any:
+    big = np.full([2 * n for n in x.shape], 7, x.dtype)
+    big[tuple(np.s_[1::2] for _ in x.shape)] = x
+    return big[tuple(np.s_[1::2] for _ in x.shape)]
+
+
+def negative(x: Any) -> Any:
+    flip = tuple(np.s_[::-1] for _ in x.shape)
+    return x[flip].copy()[flip]
+
+
+def read_only(x: Any) -> Any:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
