@@ -60,7 +60,7 @@ def columns(name: str, params: Any, **trees: Any) -> tuple[list[str], list[list[
         If a tree has other branches than `params`; it is named.
     """
     every = params, *trees.values()
-    if params and all(is_flat(tree) and tree.keys() == params.keys() for tree in every):
+    if is_flat(params) and params and all(is_flat(tree) and tree.keys() == params.keys() for tree in every):
         return list(map(str, params)), [[tree[key] for key in params] for tree in every]
     rows: list[tuple[Any, ...]] = []
     try:

@@ -111,6 +111,7 @@ def adamw(
     def update(
         grads: Any, state: AdamWState, params: Any, grad_scale: Any = 1.0, *, donate: bool = False
     ) -> tuple[Any, AdamWState]:
+        Arguments("adamw").flag("donate", donate)
         leaves.is_state("adamw", state, AdamWState)
         leaves.is_scalar("adamw", "grad_scale", grad_scale)
         paths, p = _leaves_of("adamw", params)
@@ -378,7 +379,8 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float
         Arguments("warmup_cosine").integer(name, steps, -math.inf, math.inf)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"warmup_cosine: warmup_steps must be in [0, total_steps), got {warmup_steps} of {total_steps}"
+            "warmup_cosine: warmup_steps must be in [0, total_steps), "
+            f"got {shown(warmup_steps)} of {shown(total_steps)}"
         )
 
     def rate(step: int) -> float:

@@ -289,6 +289,7 @@ def _number(name: str, value: Any, allowed: Callable[[Any], bool], expected: str
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, name, value, expected)
     # An integer beyond float64 must not reach float(); a comparison with NaN is False.
-    if not (allowed(value) and value <= 1e300):
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if not (allowed(number) and number <= 1e300):
         raise wrong(ValueError, name, value, expected)
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return number

@@ -216,7 +216,7 @@ def _placed(model: Any, tokens: Any) -> Any:
 
 def _check_prompt(input_ids: Any) -> NDArray[np.integer]:
     ids = _as_array(input_ids)
-    if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+    if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu":
         came = type(input_ids).__name__ if ids is None else f"{ids.dtype} {ids.shape}"
         raise ValueError(f"generate: input_ids must be integers (batch, seqlen), got {came}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:

@@ -104,9 +104,9 @@ def _cross_entropy_vjp(dout: Any, saved: Any) -> Any:
 def _check_dout(op: str, dout: Any, logits: Any) -> Any:
     """Return `dout` as an array of shape (); numbers are taken as they are."""
     dtype = compute_dtype(logits.dtype)
-    most = np.finfo(dtype).max
+    most = float(np.finfo(dtype).max)
     if isinstance(dout, int | float | np.floating) and not isinstance(dout, bool):
-        number = Arguments(op).number("dout", dout, lambda x: not most < abs(x) < np.inf, f"one of {dtype}")
+        number = Arguments(op).number("dout", dout, lambda x: not abs(x) > most, f"one of {dtype}")
         return array_module(op, logits=logits).asarray(number, dtype)
     if dout is None:
         raise TypeError(f"{op}: dout must be a NumPy or CuPy array, got None")
