@@ -155,13 +155,17 @@ class Tape:
     def add(self, gradients: list[Any], slot: int, gradient: Any, name: str, argument: str) -> None:
         """Add `gradient` to that of `slot`; never in place: a vjp may return one array twice, or a view."""
         gradient, (shape, dtype) = _array(gradient), self.slots[slot]
-        if not hasattr(gradient, "dtype") or gradient.dtype != dtype:
+        if getattr(gradient, "dtype", None) != dtype and not _same_but_for_byte_order(gradient, dtype):
             came = getattr(gradient, "dtype", type(gradient).__name__)
             raise TypeError(f"{name}: the gradient of {argument} must be {dtype}, got {came}")
         if gradient.shape != shape:
             raise ValueError(f"{name}: the gradient of {argument} must be {shape}, got {gradient.shape}")
         earlier = gradients[slot]
         gradients[slot] = gradient if earlier is None else _total(earlier, gradient)
+
+
+def _same_but_for_byte_order(x: Any, dtype: Any) -> bool:
+    return hasattr(x, "dtype") and bool(x.dtype.newbyteorder("=") == dtype.newbyteorder("="))
 
 
 def _total(x: Any, y: Any) -> Any:

@@ -162,8 +162,8 @@ def causal_conv1d_update(
     Parameters
     ----------
     state : array (batch, dim, width - 1)
-        The inputs before this step, the oldest first; changed in place. float32, or float64 for float64 `x`, in any
-        memory order; fastest when the channels lie side by side.
+        The inputs before this step, the oldest first; changed in place, so it must share no memory with the other
+        arguments. float32, or float64 for float64 `x`, in any memory order; fastest when the channels lie side by side.
     x : array (batch, dim)
         Input of this step: float16, bfloat16, float32 or float64.
     weight, bias, activation

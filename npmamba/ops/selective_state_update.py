@@ -36,8 +36,9 @@ def selective_state_update(
     Parameters
     ----------
     state : array (batch, dim, dstate)
-        The state h; changed in place. float32, or float64 for float64 `x`, in any memory order. Fastest when the
-        channels lie side by side, which ``numpy.zeros((batch, dstate, dim), ...).swapaxes(1, 2)`` makes.
+        The state h; changed in place, so it must share no memory with the other arguments. float32, or float64 for
+        float64 `x`, in any memory order. Fastest when the channels lie side by side, which
+        ``numpy.zeros((batch, dstate, dim), ...).swapaxes(1, 2)`` makes.
     x : array (batch, dim)
         Input of this step: float16, bfloat16, float32 or float64.
     dt : array (batch, dim)
