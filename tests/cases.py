@@ -1,7 +1,7 @@
-"""Arguments to test with: realistic values, every option, and Hypothesis strategies that draw them.
+"""What the tests of the kernels draw: realistic values, every option, in plain memory.
 
-A strategy draws a description (sizes, options and a seed), never array elements: a failing example prints one
-line, and ``spec.arguments()`` makes the arrays from it. A test of a kernel against its reference is::
+The values are those of `npmamba.testing.values`; a description here has its options as a dict, which tests change
+freely. A test of a kernel against its reference is::
 
     @given(scan_specs())
     def test_forward_matches_the_reference(spec):
@@ -13,74 +13,37 @@ and of its gradients::
 
         dout, dlast_state = cotangents(spec.seed, case["u"], spec.state_shape)
         grads = selective_scan_backward(dout, **case, dlast_state=dlast_state)
+
+`npmamba.testing.strategies` draws more: other magnitudes, memory layouts, NaN and infinities.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from npmamba.testing.options import ConvOptions, ScanOptions
+from npmamba.testing.strategies import seeds
+from npmamba.testing.values import DELTA_MAX, DELTA_MIN, Numbers, draw_conv, draw_scan, parameter_dtype
+
+__all__ = ["DELTA_MAX", "DELTA_MIN", "parameter_dtype", "seeds"]
+
 LENGTHS = (1, 2, 3, 7, 64, 65, 257)
 DIMS = (1, 5, 48, 100)
 DSTATES = (1, 3, 16, 64)
 WIDTHS = (1, 2, 3, 4, 7)
-DELTA_MIN, DELTA_MAX = 1e-3, 0.1
 SEQ_IDX_KINDS = (None, None, None, "runs", "runs", "padded", "padded", "padding")  # the dull one seldom
 
-SCAN_OPTIONS: dict[str, Any] = {
-    "B": "variable",  # "constant", "variable", or the number of groups, which divides dim
-    "C": "variable",
-    "D": False,
-    "z": False,
-    "delta_bias": False,
-    "delta_softplus": False,
-    "initial_state": False,
-    "seq_idx": None,  # None, "runs", "padded" (runs, and steps that are padding) or "padding" (nothing else)
-    "discretization": "euler",
-    "reverse": False,
-}
-CONV_OPTIONS: dict[str, Any] = {
-    "bias": False,
-    "activation": None,
-    "initial_state": False,
-    "seq_idx": None,
-    "reverse": False,
-}
-
-
-def parameter_dtype(dtype: Any) -> np.dtype:
-    """Return the dtype of parameters and states that go with arrays of `dtype`."""
-    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+SCAN_OPTIONS: dict[str, Any] = asdict(ScanOptions())
+CONV_OPTIONS: dict[str, Any] = asdict(ConvOptions())
 
 
 def seq_idx_case(rng: np.random.Generator, batch: int, seqlen: int, kind: str | None) -> np.ndarray | None:
     """Draw a seq_idx (batch, seqlen) int32 of short runs; "padded" has padding in it, "padding" only that."""
-    if kind is None:
-        return None
-    seq_idx = np.cumsum(rng.random((batch, seqlen)) < 0.3, axis=1) % 3
-    padding = rng.random((batch, seqlen)) < {"runs": 0.0, "padded": 0.3, "padding": 1.0}[kind]
-    return np.where(padding, -1 - rng.integers(0, 3, (batch, seqlen)), seq_idx).astype(np.int32)
-
-
-def _deltas(rng: np.random.Generator, shape: tuple[int, ...], options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return delta and delta_bias for which the step size is log-uniform in [DELTA_MIN, DELTA_MAX]."""
-    target = np.exp(rng.uniform(np.log(DELTA_MIN), np.log(DELTA_MAX), shape))
-    bias = rng.uniform(0, DELTA_MIN / 2, shape[1])
-    if options["delta_softplus"]:
-        target = target + np.log(-np.expm1(-target))  # the inverse of softplus
-        bias = rng.uniform(-7, -2, shape[1])
-    return (target - bias[:, None], bias) if options["delta_bias"] else (target, None)
-
-
-def _coefficients(rng: np.random.Generator, batch: int, dim: int, seqlen: int, dstate: int, kind: Any) -> Any:
-    """Draw a B or C of one of its layouts."""
-    if kind == "constant":
-        return rng.standard_normal((dim, dstate))
-    groups = () if kind == "variable" else (kind,)
-    return rng.standard_normal((batch, *groups, dstate, seqlen))
+    return Numbers(rng, "tame", np.float64).seq_idx(batch, seqlen, kind)
 
 
 def scan_case(
@@ -105,23 +68,9 @@ def scan_case(
     dict
         Keyword arguments of ``selective_scan`` and of its reference.
     """
-    options = {**SCAN_OPTIONS, **_known(options, SCAN_OPTIONS)}
-    shape = (batch, dim, seqlen)
-    delta, delta_bias = _deltas(rng, shape, options)
-    case = {
-        "u": rng.standard_normal(shape),
-        "delta": delta,
-        "A": -np.arange(1.0, dstate + 1) * rng.uniform(0.5, 1.5, (dim, 1)),
-        "B": _coefficients(rng, batch, dim, seqlen, dstate, options["B"]),
-        "C": _coefficients(rng, batch, dim, seqlen, dstate, options["C"]),
-        "D": rng.standard_normal(dim) if options["D"] else None,
-        "z": rng.standard_normal(shape) if options["z"] else None,
-        "delta_bias": delta_bias,
-        "initial_state": rng.standard_normal((batch, dim, dstate)) if options["initial_state"] else None,
-    }
-    case = _cast(case, dtype, parameters=("A", "D", "delta_bias", "initial_state"))
-    flags = {name: options[name] for name in ("delta_softplus", "discretization", "reverse")}
-    return {**case, **flags, "seq_idx": seq_idx_case(rng, batch, seqlen, options["seq_idx"])}
+    drawn = ScanOptions(**_known(options, SCAN_OPTIONS))
+    case = draw_scan(Numbers(rng, "tame", dtype), (batch, dim, seqlen, dstate), drawn)
+    return _cast(case, dtype, parameters=("A", "D", "delta_bias", "initial_state"))
 
 
 def conv_case(
@@ -132,16 +81,9 @@ def conv_case(
 
     `options` are those of `CONV_OPTIONS`; every array has `dtype`, except for the initial state.
     """
-    options = {**CONV_OPTIONS, **_known(options, CONV_OPTIONS)}
-    case = {
-        "x": rng.standard_normal((batch, dim, seqlen)),
-        "weight": rng.standard_normal((dim, width)),
-        "bias": rng.standard_normal(dim) if options["bias"] else None,
-        "initial_state": rng.standard_normal((batch, dim, width - 1)) if options["initial_state"] else None,
-    }
-    case = _cast(case, dtype, parameters=("initial_state",))
-    flags = {name: options[name] for name in ("activation", "reverse")}
-    return {**case, **flags, "seq_idx": seq_idx_case(rng, batch, seqlen, options["seq_idx"])}
+    drawn = ConvOptions(**_known(options, CONV_OPTIONS))
+    case = draw_conv(Numbers(rng, "tame", dtype), (batch, dim, seqlen, width), drawn)
+    return _cast(case, dtype, parameters=("initial_state",))
 
 
 def _known(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -152,10 +94,8 @@ def _known(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cast(case: dict[str, Any], dtype: Any, *, parameters: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        name: None if x is None else x.astype(parameter_dtype(dtype) if name in parameters else dtype)
-        for name, x in case.items()
-    }
+    floats = {n: x for n, x in case.items() if getattr(x, "dtype", None) == np.float64}
+    return case | {n: x.astype(parameter_dtype(dtype) if n in parameters else dtype) for n, x in floats.items()}
 
 
 def cotangents(seed: int, like: np.ndarray, state_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -203,9 +143,6 @@ class ConvSpec:
     def arguments(self, dtype: Any = np.float64) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, 0))
         return conv_case(rng, self.batch, self.dim, self.seqlen, self.width, dtype=dtype, **self.options)
-
-
-seeds = st.integers(0, 2**32 - 1)
 
 
 def _group_counts(dim: int) -> list[int]:
