@@ -155,7 +155,7 @@ class Tape:
     def add(self, gradients: list[Any], slot: int, gradient: Any, name: str, argument: str) -> None:
         """Add `gradient` to that of `slot`; never in place: a vjp may return one array twice, or a view."""
         gradient, (shape, dtype) = _array(gradient), self.slots[slot]
-        if getattr(gradient, "dtype", None) != dtype and not _same_but_for_byte_order(gradient, dtype):
+        if not hasattr(gradient, "dtype") or not (gradient.dtype == dtype or _same_number(gradient.dtype, dtype)):
             came = getattr(gradient, "dtype", type(gradient).__name__)
             raise TypeError(f"{name}: the gradient of {argument} must be {dtype}, got {came}")
         if gradient.shape != shape:
@@ -164,8 +164,9 @@ class Tape:
         gradients[slot] = gradient if earlier is None else _total(earlier, gradient)
 
 
-def _same_but_for_byte_order(x: Any, dtype: Any) -> bool:
-    return hasattr(x, "dtype") and bool(x.dtype.newbyteorder("=") == dtype.newbyteorder("="))
+def _same_number(x: Any, y: Any) -> bool:
+    """Tell whether two dtypes differ in their byte order only."""
+    return bool(x.newbyteorder("=") == y.newbyteorder("="))
 
 
 def _total(x: Any, y: Any) -> Any:

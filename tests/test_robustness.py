@@ -452,7 +452,7 @@ STRANGE = (np.nan, np.inf, -np.inf, 3e38)
 
 
 def reached(operation: Operation, name: str, place: Any, axes: list[str], reverse: bool) -> np.ndarray:
-    """Return where a result of these axes may change with ``name[place]``: not in other rows or channels, nor before."""
+    """Return where a result may change with ``name[place]``: not in other rows or channels, and not before it."""
     where = dict(zip(operation.axes[name].split(), place, strict=True))
     share = SIZES["dim"] // SIZES["groups"]
     indices = dict(zip(axes, np.indices([SIZES[axis] for axis in axes]), strict=True))
