@@ -42,12 +42,12 @@ def shown(value: Any) -> str:
     """Return what an error says of a value that came: its representation, cut where it is long.
 
     >>> shown("relu"), shown(10**5000)
-    ("'relu'", 'an int too long to show')
+    ("'relu'", 'a value of int that cannot be shown')
     """
     try:
         text = repr(value)
     except Exception:  # a number of thousands of digits has none, and other people's objects may do anything
-        return f"an {type(value).__name__} too long to show"
+        return f"a value of {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

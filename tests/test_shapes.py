@@ -143,3 +143,52 @@ def test_a_flag_is_true_or_false():
     for refused in (None, 1, "yes"):
         with pytest.raises(TypeError, match=says(f"scan: reverse must be True or False, got {refused!r}")):
             arguments.flag("reverse", refused)
+
+
+@given(st.integers(-9, 9), st.integers(-9, 9))
+def test_an_integer_is_one_within_its_bounds(value, low):
+    arguments = Arguments("embedding")
+    for number in (value, np.int64(value), np.int8(value)):
+        if low <= value <= 5:
+            found = arguments.integer("vocab_size", number, low, 5)
+            assert (found, type(found)) == (value, int)
+        else:
+            bound = f"at least {low}" if value < low else "at most 5"
+            with pytest.raises(ValueError, match=f"^embedding: vocab_size must be {bound}, got "):
+                arguments.integer("vocab_size", number, low, 5)
+
+
+@pytest.mark.parametrize("value", [None, "1", 1.0, True, np.True_, np.zeros((), int), [1]])
+def test_anything_else_is_no_number_of_things(value):
+    message = f"scan: steps must be an integer, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=says(message)):
+        Arguments("scan").integer("steps", value)
+
+
+@pytest.mark.parametrize("value", [2, 0.5, np.float32(0.5), np.longdouble(0.5), np.int8(1), 10**300], ids=str)
+def test_a_number_is_any_of_python_s_and_numpy_s(value):
+    found = Arguments("norm").number("eps", value, lambda x: x > 0, "above 0")
+    assert (found, type(found)) == (float(value), float)
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, 10**400, -(10**5000)], ids=["negative", "nan", "long", "longer"])
+def test_a_number_out_of_range_is_shown_as_far_as_it_can_be(value):
+    message = r"^norm: eps must be finite and above 0, got (-1|nan|1000\d+\.\.\.|a value of int that cannot be shown)$"
+    with pytest.raises(ValueError, match=message):
+        Arguments("norm").number("eps", value, lambda x: 0 < x < np.inf, "finite and above 0")
+
+
+@pytest.mark.parametrize("value", [None, "1", 1j, True, np.zeros(())])
+def test_anything_else_is_no_number(value):
+    with pytest.raises(TypeError, match=says(f"norm: eps must be a number, got {type(value).__name__}")):
+        Arguments("norm").number("eps", value, lambda x: True, "")
+
+
+def test_what_cannot_be_shown_is_named_by_its_type():
+    class Sulky:
+        def __repr__(self):
+            raise RuntimeError("no")
+
+    message = "scan: reverse must be True or False, got a value of Sulky that cannot be shown"
+    with pytest.raises(TypeError, match=says(message)):
+        Arguments("scan").flag("reverse", Sulky())
