@@ -61,18 +61,6 @@ def memory_order_does_not_matter(scan: Scan, arguments: dict[str, Any], rng: np.
     compare(scan, scan(laid), scan(plain), laid, bits=True)
 
 
-@law(only=any_step)
-def linear_in_input_and_initial_state(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
-    """All else fixed, (u, h_0) -> (y, h_L) is a linear map: h_t = a_t h_{t-1} + f_t B_t u_t is linear in both, y_t in
-    h_t and u_t. So scan(2 p - 3 q) = 2 scan(p) - 3 scan(q)."""
-    one = drawn(scan, arguments, rng, "initial_state")
-    names = [name for name in ("u", "initial_state") if one.get(name) is not None]
-    two = {**one, **{name: normal(rng, one[name]) for name in names}}
-    both = {**one, **{name: 2 * one[name] - 3 * two[name] for name in names}}
-    size = {**one, **{name: np.abs(2 * one[name]) + np.abs(3 * two[name]) for name in names}}
-    compare(scan, scan(both), combined(scan(one), scan(two), 2, -3), both, allowed=tolerance(size))
-
-
 @law("D", only=any_step)
 def the_direct_path_adds_D_u(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """D is a path beside the states: y = y(D = 0) + D u before the gate, so after it y = y(D = 0) + D u silu(z), and
@@ -164,6 +152,18 @@ def a_shared_map_is_a_map_of_every_channel(scan: Scan, arguments: dict[str, Any]
     """A constant B (dim, dstate) is one that varies with time and does not change; a B without groups belongs to all
     channels; with groups, channel d reads group d // (dim / groups), so neighbours share one. The same for C."""
     compare(scan, scan(arguments), scan(with_map_per_channel(arguments)), arguments)
+
+
+@law(only=any_step)
+def linear_in_input_and_initial_state(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
+    """All else fixed, (u, h_0) -> (y, h_L) is a linear map: h_t = a_t h_{t-1} + f_t B_t u_t is linear in both, y_t in
+    h_t and u_t. So scan(2 p - 3 q) = 2 scan(p) - 3 scan(q)."""
+    one = drawn(scan, arguments, rng, "initial_state")
+    names = [name for name in ("u", "initial_state") if one.get(name) is not None]
+    two = {**one, **{name: normal(rng, one[name]) for name in names}}
+    both = {**one, **{name: 2 * one[name] - 3 * two[name] for name in names}}
+    size = {**one, **{name: np.abs(2 * one[name]) + np.abs(3 * two[name]) for name in names}}
+    compare(scan, scan(both), combined(scan(one), scan(two), 2, -3), both, allowed=tolerance(size))
 
 
 @law("nonfinite", only=any_step)

@@ -21,6 +21,7 @@ from npmamba.testing.law_tools import (
     in_pieces,
     negative,
     normal,
+    not_float64,
     some_edges,
     strided,
     two_rows,
@@ -38,6 +39,7 @@ from npmamba.testing.parts import (
     with_map_per_channel,
     with_step,
 )
+from npmamba.testing.scales import gradient_scale
 
 Arrays = dict[str, Any]
 SUMMED = ("A", "D", "delta_bias")  # over batch and time; B and C too where they are constant
@@ -81,7 +83,12 @@ def dot(x: Any, y: Any) -> float:
     return 0.0 if x is None or y is None else float(np.sum(wide(x) * wide(y)))
 
 
-# --- what a gradient is ---
+def _long(x: Any) -> Any:
+    return x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
+
+
+def _elsewhere(x: Any, rng: np.random.Generator) -> Any:
+    return (strided, negative)[rng.integers(2)](x) if isinstance(x, np.ndarray) else x
 
 
 @law("backward", only=any_step)
@@ -110,82 +117,6 @@ def gradients_have_the_shape_of_their_arguments(scan: Scan, arguments: Arrays, r
     if dlast is not None:
         zeros = scan.gradients(arguments, dout, np.zeros_like(dlast))
         compare(scan, scan.gradients(arguments, dout), zeros, allowed, arguments, bits=gradients)
-
-
-def _elsewhere(x: Any, rng: np.random.Generator) -> Any:
-    return (strided, negative)[rng.integers(2)](x) if isinstance(x, np.ndarray) else x
-
-
-@law("backward", only=any_step)
-def gradients_are_linear_in_their_cotangents(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
-    """The backward is a matrix, the transpose of the derivative, times (dout, dlast): that of 2 p - 3 q is 2 times
-    that of p minus 3 times that of q."""
-    (p, p_last), (q, q_last) = cotangents(scan, arguments, rng), cotangents(scan, arguments, rng)
-    both, last = 2 * p - 3 * q, None if p_last is None else 2 * p_last - 3 * q_last
-    one, two = scan.gradients(arguments, p, p_last), scan.gradients(arguments, q, q_last)
-    size = 2 * np.abs(p) + 3 * np.abs(q), None if last is None else 2 * np.abs(p_last) + 3 * np.abs(q_last)
-    allowed = of_maps(gradient_tolerance(arguments, *size), arguments)
-    expected = {name: 2 * wide(one[name]) - 3 * wide(two[name]) for name in one}
-    compare(scan, scan.gradients(arguments, both, last), expected, allowed, arguments)
-
-
-@law("backward", only=any_step)
-def the_backward_is_the_transpose_of_the_scan(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
-    """y and h_L are linear in (u, h_0), in (C, D), and in B where h_0 = 0 and D = 0. A linear map J and its transpose
-    obey <dout, J w> = <J^T dout, w> for every w: no difference quotient is needed, so this holds in every dtype to
-    rounding. The gradient by u does not depend on u, and so on."""
-    dout, dlast = cotangents(scan, arguments, rng)
-    arguments = drawn(scan, arguments, rng, "initial_state", "D")
-    bare = {**arguments, "initial_state": None, "D": None}
-    linear = [(arguments, ["u", "initial_state"]), (arguments, ["C", "D"]), (bare, ["B"])]
-    for case, among in linear:
-        names = [name for name in among if case.get(name) is not None]
-        w = {**case, **{name: normal(rng, case[name]) for name in names}}
-        gradients, allowed = scan.gradients(case, dout, dlast), of_maps(gradient_tolerance(case, dout, dlast), case)
-        out = scan(w)
-        forward = dot(dout, out.y) + (0 if "C" in names else dot(dlast, out.last_state))
-        backward = sum(dot(gradients[name], w[name]) for name in names)
-        room = sum(dot(allowed[name], np.abs(w[name])) for name in names)
-        scan.close(f"<gradient, w> for {' and '.join(names)}", backward, forward, room, w)
-
-
-@law("backward", "float64", only=any_step)
-def a_gradient_foretells_every_small_change(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
-    """L(x + e w) - L(x) = e <gradient, w> + O(e^2) for every direction w. The derivative along w is taken by a
-    difference of fourth order, (8 (L(e) - L(-e)) - (L(2e) - L(-2e))) / 12e, with all arguments moving at once, in
-    float64."""
-    arguments = drawn(scan, {n: _long(x) for n, x in arguments.items()}, rng, "D", "z", "initial_state")
-    dout, dlast = cotangents(scan, arguments, rng)
-    gradients = scan.gradients(arguments, dout, dlast)
-    allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
-    w = {n: normal(rng, x) * (np.abs(x) + 0.1 * np.abs(x).mean()) for n in gradients for x in (arguments[n],)}
-
-    def off(names: list[str]) -> tuple[float, float, float]:
-        values = []
-        for e in (1, -1, 2, -2):
-            out = scan({**arguments, **{name: arguments[name] + e * DIFFERENCE * w[name] for name in names}})
-            values.append(dot(dout, out.y) + dot(dlast, out.last_state))
-        along = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * DIFFERENCE)
-        room = sum(dot(allowed[name], np.abs(w[name])) for name in names)
-        return sum(dot(gradients[n], w[n]) for n in names), along, room
-
-    def check(what: str, names: list[str]) -> None:
-        got, along, room = off(names)
-        scan.close(f"<gradient, w> for {what}", got, along, room * 1e-8 / (256 * np.finfo(np.float64).eps), arguments)
-
-    try:
-        check("all arguments", list(gradients))
-    except Broken:
-        for name in gradients:
-            check(name, [name])
-        raise
-
-
-def _long(x: Any) -> Any:
-    return x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
-
-
-# --- what follows from the laws of the scan ---
 
 
 @law("backward", only=two_steps)
@@ -358,6 +289,98 @@ def units_of_time_have_no_gradient(scan: Scan, arguments: Arrays, rng: np.random
     terms = {n: (wide(gradients[n]) * wide(arguments[n])).sum(over) for n, over in axes.items()}
     room = sum((allowed[n] * np.abs(wide(arguments[n]))).sum(over) for n, over in axes.items())
     scan.close("sum of Delta dDelta", terms["delta"], terms["A"] + terms["B"], room, arguments)
+
+
+@law("backward", "zoh", only=any_step)
+def gradients_are_smooth_where_a_rate_is_zero(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
+    """(exp(x) - 1) / x and its slope (exp(x) - phi(x)) / x are analytic at 0, with values 1 and 1/2 there, though
+    neither can be computed as it stands. So gradients at a tiny A are those at A = 0, but for a part of them as small
+    as A times the time that passes."""
+    wide_eps = np.finfo(arguments["A"].dtype).eps
+    tiny = (rng.choice([-1.0, 1.0], arguments["A"].shape) * wide_eps ** (2 / 3)).astype(arguments["A"].dtype)
+    near = {**arguments, "A": tiny, "discretization": "zoh"}
+    at_zero, (dout, dlast) = {**near, "A": np.zeros_like(tiny)}, cotangents(scan, arguments, rng)
+    allowed, time = gradient_tolerance(near, dout, dlast), 1 + float(step_size(near).sum(-1).max())
+    bend = gradient_scale({**near, "A": np.ones_like(tiny)}, dout, dlast)
+    allowed = {name: allowed[name] + 4 * float(np.abs(tiny).max()) * time * bend[name] for name in allowed}
+    got, expected = scan.gradients(near, dout, dlast), scan.gradients(at_zero, dout, dlast)
+    compare(scan, got, expected, of_maps(allowed, near), near)
+
+
+@law("backward", only=any_step)
+def the_backward_is_the_transpose_of_the_scan(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
+    """y and h_L are linear in (u, h_0), in (C, D), and in B where h_0 = 0 and D = 0. A linear map J and its transpose
+    obey <dout, J w> = <J^T dout, w> for every w: no difference quotient is needed, so this holds in every dtype to
+    rounding. The gradient by u does not depend on u, and so on."""
+    dout, dlast = cotangents(scan, arguments, rng)
+    arguments = drawn(scan, arguments, rng, "initial_state", "D")
+    bare = {**arguments, "initial_state": None, "D": None}
+    linear = [(arguments, ["u", "initial_state"]), (arguments, ["C", "D"]), (bare, ["B"])]
+    for case, among in linear:
+        names = [name for name in among if case.get(name) is not None]
+        w = {**case, **{name: normal(rng, case[name]) for name in names}}
+        gradients, allowed = scan.gradients(case, dout, dlast), of_maps(gradient_tolerance(case, dout, dlast), case)
+        out = scan(w)
+        forward = dot(dout, out.y) + (0 if "C" in names else dot(dlast, out.last_state))
+        backward = sum(dot(gradients[name], w[name]) for name in names)
+        room = sum(dot(allowed[name], np.abs(w[name])) for name in names)
+        scan.close(f"<gradient, w> for {' and '.join(names)}", backward, forward, room, w)
+
+
+@law("backward", "float64", only=not_float64)
+def short_gradients_are_the_long_ones_rounded(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
+    """The same numbers given as float64 have gradients that differ by rounding alone: by some eps of the type times
+    the size of the terms that they add up. (A difference of equal numbers over a small one, as in the slope of
+    (exp(x) - 1) / x near 0, is off by far more.)"""
+    dout, dlast = cotangents(scan, arguments, rng)
+    expected = scan.gradients({name: _long(x) for name, x in arguments.items()}, _long(dout), _long(dlast))
+    allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
+    compare(scan, scan.gradients(arguments, dout, dlast), expected, allowed, arguments)
+
+
+@law("backward", only=any_step)
+def gradients_are_linear_in_their_cotangents(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
+    """The backward is a matrix, the transpose of the derivative, times (dout, dlast): that of 2 p - 3 q is 2 times
+    that of p minus 3 times that of q."""
+    (p, p_last), (q, q_last) = cotangents(scan, arguments, rng), cotangents(scan, arguments, rng)
+    both, last = 2 * p - 3 * q, None if p_last is None else 2 * p_last - 3 * q_last
+    one, two = scan.gradients(arguments, p, p_last), scan.gradients(arguments, q, q_last)
+    size = 2 * np.abs(p) + 3 * np.abs(q), None if last is None else 2 * np.abs(p_last) + 3 * np.abs(q_last)
+    allowed = of_maps(gradient_tolerance(arguments, *size), arguments)
+    expected = {name: 2 * wide(one[name]) - 3 * wide(two[name]) for name in one}
+    compare(scan, scan.gradients(arguments, both, last), expected, allowed, arguments)
+
+
+@law("backward", "float64", only=any_step)
+def a_gradient_foretells_every_small_change(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
+    """L(x + e w) - L(x) = e <gradient, w> + O(e^2) for every direction w. The derivative along w is taken by a
+    difference of fourth order, (8 (L(e) - L(-e)) - (L(2e) - L(-2e))) / 12e, with all arguments moving at once, in
+    float64."""
+    arguments = drawn(scan, {n: _long(x) for n, x in arguments.items()}, rng, "D", "z", "initial_state")
+    dout, dlast = cotangents(scan, arguments, rng)
+    gradients = scan.gradients(arguments, dout, dlast)
+    allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
+    w = {n: normal(rng, x) * (np.abs(x) + 0.1 * np.abs(x).mean()) for n in gradients for x in (arguments[n],)}
+
+    def off(names: list[str]) -> tuple[float, float, float]:
+        values = []
+        for e in (1, -1, 2, -2):
+            out = scan({**arguments, **{name: arguments[name] + e * DIFFERENCE * w[name] for name in names}})
+            values.append(dot(dout, out.y) + dot(dlast, out.last_state))
+        along = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * DIFFERENCE)
+        room = sum(dot(allowed[name], np.abs(w[name])) for name in names)
+        return sum(dot(gradients[n], w[n]) for n in names), along, room
+
+    def check(what: str, names: list[str]) -> None:
+        got, along, room = off(names)
+        scan.close(f"<gradient, w> for {what}", got, along, room * 1e-8 / (256 * np.finfo(np.float64).eps), arguments)
+
+    try:
+        check("all arguments", list(gradients))
+    except Broken:
+        for name in gradients:
+            check(name, [name])
+        raise
 
 
 GRADIENT_LAWS: tuple[Law, ...] = tuple(x for x in list(globals().values()) if isinstance(x, Law))

@@ -45,7 +45,8 @@ def the_future_does_not_reach_the_past(scan: Scan, arguments: dict[str, Any], rn
 
 @law(only=two_steps)
 def a_beginning_is_a_scan(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
-    """The first k outputs are those of a scan that ends after k steps."""
+    """The first k outputs are those of a scan that ends after k steps: what is not there yet cannot matter, nor how
+    much of it there will be."""
     first = before(arguments, int(rng.integers(1, arguments["u"].shape[2])))
     beginning = steps(arguments, first)
     allowed = tolerance(beginning).y
