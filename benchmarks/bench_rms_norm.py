@@ -24,7 +24,16 @@ import numpy as np  # noqa: E402
 from npmamba.backend import twin  # noqa: E402
 from npmamba.reference import rms_norm as reference  # noqa: E402
 
-SHAPES = ((16384, 768), (16384, 2560), (65536, 128), (8192, 4096), (4096, 16384))
+SHAPES = (
+    (16384, 768),
+    (16384, 2560),
+    (65536, 128),
+    (8192, 4096),
+    (4096, 16384),
+    (65536, 256),
+    (32768, 512),
+    (32768, 1024),
+)
 CPU_SHAPES = ((4096, 768), (1024, 2560))
 EPS = 1e-5
 Case = dict[str, Any]

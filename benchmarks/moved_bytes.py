@@ -99,7 +99,9 @@ class Table:
         ms, host, others = (self._on_gpu if self.asked.gpu else self._on_cpu)(calls, peers)
         limit = 1e3 * moved / self.bandwidth
         told = ", ".join(f"{name} {time / ms:.1f}x" for name, time in others.items())
-        self.rows.append((what, f"{ms:.4f}", f"{limit:.4f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}", told))
+        self.rows.append(
+            (what, f"{moved / 1e6:.1f}", f"{ms:.4f}", f"{limit:.4f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}", told)
+        )
         self.report.add(
             operation=what, bytes=moved, ms=ms, limit_ms=limit, share=limit / ms, host_ms=host, peers_ms=others
         )
@@ -121,7 +123,7 @@ class Table:
 
     def finish(self) -> None:
         """Print the table and the goals, and write the file that was asked for."""
-        harness.table(("", "ms", "limit", "share", "host ms", "peers' time over ours"), self.rows)
+        harness.table(("", "MB", "ms", "limit", "share", "host ms", "peers' time over ours"), self.rows)
         self.report.add(goals=[harness.goal(name, share, GOAL) for name, share in self.goals])
         self.report.save(self.asked.json)
 

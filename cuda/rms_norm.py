@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 
 from npmamba.cuda.arrays import empty, library, zeros
 from npmamba.cuda.rms_norm_backward import BACKWARD, BLOCKS, COLUMN_SUMS, COLUMNS
-from npmamba.cuda.rms_norm_forward import FORWARD, THREADS, WARPS, numbers_of
+from npmamba.cuda.rms_norm_backward import numbers_of as numbers_of_backward
+from npmamba.cuda.rms_norm_forward import FORWARD, THREADS, numbers_of
 from npmamba.cuda.rows import inner_rows, lines, team_of, wide
 from npmamba.shapes import compute_dtype
+
+CELLS = 96 * 1024
+"""Bytes of shared memory in which a block of the backward pass adds up the weight's gradient, at most."""
 
 
 class Saved(NamedTuple):
@@ -24,12 +27,6 @@ class Saved(NamedTuple):
     rstd: Any
 
 
-def _division(n: int, rows: int, real: np.dtype) -> tuple[int, int]:
-    """Return the power of a row's team, and how many blocks hold all rows."""
-    power = team_of(n, THREADS, numbers_of(real))
-    return power, -(-rows // (WARPS >> power))
-
-
 def forward(x: Any, weight: Any, residual: Any, *, eps: float, save: bool) -> Any:
     """Return (y, None or the sum x + residual, what `backward` needs or None). Arguments have been checked."""
     n, rows, fused, real = x.shape[-1], math.prod(x.shape[:-1]), residual is not None, compute_dtype(x.dtype)
@@ -38,10 +35,11 @@ def forward(x: Any, weight: Any, residual: Any, *, eps: float, save: bool) -> An
     weight = library(weight).ascontiguousarray(weight)
     a = lines(x)
     b = lines(residual) if fused else a
-    power, blocks = _division(n, rows, real)
-    numbers = (float(eps), 1 / n, n, rows, inner_rows(a, b), power, int(fused))
+    p = team_of(n, THREADS, numbers_of(x.dtype))
+    numbers = (float(eps), 1 / n, n, rows, inner_rows(a, b), p)
     arguments = (*a, *b, weight, y, sums, rstd, *numbers)
-    FORWARD.launch((blocks,), x.dtype, arguments, wide=wide(a.array, b.array, weight))
+    blocks, aligned = -(-rows // (THREADS >> p)), wide(a.array, b.array, weight)
+    FORWARD.launch((blocks,), x.dtype, arguments, wide=aligned, fused=fused)
     return y, sums, Saved(x, weight, residual, sums if fused else x, rstd) if save else None
 
 
@@ -52,13 +50,16 @@ def backward(dout: Any, dresidual: Any, saved: Saved) -> tuple[Any, ...]:
     dx = empty(x, x.shape, x.dtype)
     a, b = lines(zeros(x, x.shape, x.dtype) if dout is None else dout), lines(s)
     c = lines(dresidual) if fused else b
-    power, blocks = _division(n, rows, real)
-    whole = n <= THREADS * numbers_of(real)  # else a block adds up its part where it stands
-    parts = (empty if whole else zeros)(x, (min(blocks, BLOCKS), n), real)
-    numbers = (1 / n, n, rows, inner_rows(a, b, c), power, int(fused))
+    most = numbers_of_backward(real)
+    whole, p = n <= THREADS * most, team_of(n, THREADS, most)
+    cells = -(-n // (most << p)) * most * THREADS * real.itemsize
+    kept = cells <= CELLS  # else a block adds up its part where it stands
+    blocks = min(-(-rows // (THREADS >> p)), BLOCKS)
+    parts = (empty if kept else zeros)(x, (blocks, n), real)
+    numbers = (1 / n, n, rows, inner_rows(a, b, c), p, int(fused), int(kept))
     arguments = (*a, *b, *c, weight, rstd, dx, parts, *numbers)
     aligned = wide(a.array, b.array, c.array, weight)
-    BACKWARD.launch(parts.shape[:1], x.dtype, arguments, wide=aligned, whole=whole)
+    BACKWARD.launch((blocks,), x.dtype, arguments, shared=cells * kept, wide=aligned, whole=whole)
     return dx, _column_sums(parts), None if residual is None else dx
 
 

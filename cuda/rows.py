@@ -55,11 +55,8 @@ def wide(*arrays: Any) -> bool:
 
 
 def team_of(n: int, threads: int, numbers: int) -> int:
-    """Return p, for a team of ``32 << p`` threads: the smallest that leaves a thread `numbers` of n, or all threads."""
-    p = 0
-    while 32 << p < min(threads, -(-n // numbers)):
-        p += 1
-    return p
+    """Return p, for a team of ``1 << p`` threads: the smallest that leaves a thread `numbers` of n, or all threads."""
+    return max(1, min(threads, -(-n // numbers)) - 1).bit_length()
 
 
 # --- in kernels ---
@@ -96,7 +93,7 @@ def rounded_sum(high, low):
 
 
 def team_total(warps: int) -> Any:
-    """Build ``total(x, shared, turn, tid, p)``: the sum over a team of ``1 << p`` warps, the same bits in all of it.
+    """Build ``total(x, shared, turn, tid, p)``: the sum over a team of ``1 << p`` threads, the same bits in all of it.
 
     A team of several warps meets at a barrier: all threads of the block, `warps` warps, call it together. `shared`
     holds two numbers a warp; calls take its halves by turns, 0 and 1, so that none overwrites what another still reads.
@@ -104,16 +101,17 @@ def team_total(warps: int) -> Any:
 
     def total(x, shared, turn, tid, p):
         for power in range(5):
-            x += cuda.shfl_xor_sync(-1, x, 1 << power)
-        if p > uint32(0):
-            warp, half = tid >> uint32(5), uint32(turn * uint32(warps))
+            if uint32(power) < p:
+                x += cuda.shfl_xor_sync(-1, x, 1 << power)
+        if p > uint32(5):
+            warp, half, wide = tid >> uint32(5), uint32(turn * uint32(warps)), uint32(p - uint32(5))
             if tid & uint32(31) == uint32(0):
                 shared[uint32(half + warp)] = x
             cuda.syncthreads()
-            base = uint32(half + uint32(uint32(warp >> p) << p))
+            base = uint32(half + uint32(uint32(warp >> wide) << wide))
             x = shared[base]
             for k in range(1, warps):
-                if uint32(k) < uint32(1) << p:
+                if uint32(k) < uint32(1) << wide:
                     x += shared[uint32(base + uint32(k))]
         return x
 

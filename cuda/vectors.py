@@ -62,12 +62,17 @@ def _give8(numbers, k, p, j):
 # --- one vector ---
 
 
+def movers(width: int) -> tuple[Any, Any]:
+    """Build ``take(numbers, k, p, j)`` and ``give(numbers, k, p, j)``: ``p[j : j + width]`` by one access."""
+    return {1: (_take1, _give1), 2: (_take2, _give2), 4: (_take4, _give4), 8: (_take8, _give8)}[width]
+
+
 def takers(width: int) -> tuple[Any, Any]:
     """Build ``take(numbers, k, p, j, n)`` twice, by one access and by `width`.
 
     They read ``p[j : j + width]`` into a local array from its k-th place on; `n` is the length of the row p.
     """
-    take = {1: _take1, 2: _take2, 4: _take4, 8: _take8}[width]
+    take, _ = movers(width)
 
     def by_vector(numbers, k, p, j, n):
         take(numbers, k, p, select(j < n, j, uint32(0)))
@@ -82,7 +87,7 @@ def takers(width: int) -> tuple[Any, Any]:
 
 def givers(width: int) -> tuple[Any, Any]:
     """Build ``give(numbers, k, p, j, n)`` twice likewise: they write what the row has of ``p[j : j + width]``."""
-    give = {1: _give1, 2: _give2, 4: _give4, 8: _give8}[width]
+    _, give = movers(width)
 
     def by_vector(numbers, k, p, j, n):
         if j < n:

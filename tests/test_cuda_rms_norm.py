@@ -36,7 +36,10 @@ def case(shape, seed, dtype=np.float32, fused=True):
 
 @contextlib.contextmanager
 def small_blocks(backend, blocks=rms_norm_backward.BLOCKS, power=6):
-    """Let blocks have two warps in the interpreter: rows that are long then hold 1,025 numbers (float64: 513)."""
+    """Let blocks have two warps in the interpreter: rows that are long then hold 1,025 numbers (float64: 513).
+
+    Forward, a thread keeps 32 numbers of two bytes: there a long row holds 2,049.
+    """
     sizes = {"POWER": power, "THREADS": 1 << power, "WARPS": 1 << power - 5, "SLICES": 2}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(twin, "BLOCKS", blocks))
@@ -97,6 +100,7 @@ def test_outputs_and_gradients_are_the_references(device_backend, dtype, shape, 
         (np.float32, 513, True),
         (np.float32, 1025, False),
         (ml_dtypes.bfloat16, 1032, True),
+        (ml_dtypes.bfloat16, 2056, True),
         (np.float64, 514, True),
     ],
 )
@@ -106,12 +110,47 @@ def test_a_row_longer_than_a_team_or_all_registers_is_read_again(device_backend,
     assert_close(both(device_backend, *arguments), expected(*arguments), dtype)
 
 
-@pytest.mark.parametrize(("shape", "power", "blocks"), [((7, 40), 6, 1), ((7, 40), 6, 2), ((5, 520), 7, 1)])
-def test_a_block_takes_many_rows_and_sums_the_weights_gradient(device_backend, shape, power, blocks):
-    """The last ones are two teams of two warps, which meet at barriers row after row."""
-    arguments = case(shape, 2)
+@pytest.mark.parametrize(
+    ("shape", "power", "blocks"),
+    [((70, 40), 6, 1), ((70, 40), 6, 2), ((9, 130), 6, 2), ((5, 520), 7, 1), ((3, 1040), 6, 2)],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_a_block_takes_many_rows_and_sums_the_weights_gradient(device_backend, dtype, shape, power, blocks):
+    """Teams of 4 and 16 lanes, and of two warps, which meet at barriers row after row; the last rows are read twice."""
+    arguments = case(shape, 2, dtype)
     found = both(device_backend, *arguments, blocks=blocks, power=power, seed=blocks)
-    assert_close(found, expected(*arguments), np.float32)
+    assert_close(found, expected(*arguments), dtype)
+
+
+@pytest.mark.parametrize("length", [40, 1040])
+def test_where_the_weights_gradient_is_summed_changes_no_bit_of_the_rest(device_backend, length):
+    """In shared memory, or where it stands if the row is too long for that."""
+    arguments = case((3, length), 12)
+    kept = both(device_backend, *arguments, blocks=1)
+    with mock.patch.object(twin, "CELLS", 0 if length > 1024 else twin.CELLS):
+        far = both(device_backend, *arguments, blocks=1)
+    assert same_bits(kept[:3], far[:3])
+    assert_close(far, expected(*arguments), np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 35])
+def test_teams_of_every_size_hold_their_rows(device_backend, rows):
+    """From two lanes to all: what a lane holds of a row that it does not fill counts for nothing."""
+    for length in (1, 17, 64, 65, 257):
+        arguments = case((rows if length < 65 else 3, length), rows)
+        assert_close(both(device_backend, *arguments, check=False), expected(*arguments), np.float32)
+
+
+def test_infinity_stays_in_its_row_wherever_it_stands(device_backend):
+    """Lanes behind a row's end read its first number, which must not get into the sum."""
+    for place in (0, 5):
+        _, x, weight, *_ = case((3, 20), 13)
+        x[1, place] = np.inf
+        with np.errstate(invalid="ignore"):
+            y, *_ = both(device_backend, np.ones_like(x), x, weight)
+            wanted = reference.forward(x, weight, eps=1e-5)
+        assert np.array_equal(np.isnan(y), np.isnan(wanted))
+        assert np.array_equal(y[1] == 0, wanted[1] == 0)
 
 
 @pytest.mark.gpu
