@@ -23,7 +23,7 @@ from npmamba.testing.cases import (
     UpdateOptions,
 )
 from npmamba.testing.cases import given as given_arguments
-from npmamba.testing.layouts import LAYOUTS, laid_out
+from npmamba.testing.layouts import LAYOUTS, copied, laid_out
 from npmamba.testing.strategies import conv_cases, scan_cases, update_cases
 from npmamba.testing.values import CONV_MAGNITUDES, MAGNITUDES, Numbers, finfo, parameter_dtype
 
@@ -112,6 +112,18 @@ def test_a_layout_is_what_its_name_says():
     assert [name for name in made if not made[name].flags.writeable] == ["readonly"]
     assert [name for name in made if not made[name].dtype.isnative] == ["swapped"]
     assert [name for name in made if not made[name].flags.aligned] == ["unaligned"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_lies_in_memory_as_the_array_does(layout, dtype):
+    for shape in ((2, 3, 4), (1, 1), (0, 3)):
+        x = laid_out(np.random.default_rng(0).standard_normal(shape).astype(dtype), layout)
+        y = copied(x)
+        assert not np.shares_memory(x, y)
+        np.testing.assert_array_equal(y.astype(float), x.astype(float))
+        assert (y.dtype, y.flags.writeable) == (x.dtype, x.flags.writeable) or not x.size
+        assert (y.strides, y.flags.aligned) == (x.strides, x.flags.aligned) or not x.size
 
 
 def test_a_mixed_case_has_a_layout_of_its_own_for_every_argument():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.testing.cases import given
+from npmamba.testing.layouts import copied
 from npmamba.testing.tolerance import Tolerance
 from npmamba.testing.values import finfo
 
@@ -89,7 +90,7 @@ def outputs(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Array, .
     fn : callable
         A scan, convolution or step. If it has a parameter `return_last_state`, the last state is asked for.
     arguments : dict
-        Copied before the call, so that a function that writes to them shows its own mistake only.
+        A `state`, which a step writes to, is copied; memory layouts stay what they are.
 
     Returns
     -------
@@ -101,7 +102,7 @@ def outputs(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Array, .
     >>> outputs(lambda u, delta: u + delta, dict(u=np.ones(2), delta=np.ones(2), D=None))
     (array([2., 2.]),)
     """
-    asked = {name: x.copy() if name == "state" else x for name, x in given(arguments).items()}
+    asked = {name: copied(x) if name == "state" else x for name, x in given(arguments).items()}
     parameters = inspect.signature(fn).parameters if callable(fn) else {}
     result = fn(**asked, **({"return_last_state": True} if "return_last_state" in parameters else {}))
     if isinstance(result, (tuple, list)):

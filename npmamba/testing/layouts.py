@@ -86,3 +86,23 @@ def laid_out(x: Any, layout: str) -> Any:
     [(24, 8), (8, 16), (-24, -8)]
     """
     return LAYOUTS[layout](x) if isinstance(x, np.ndarray) else x
+
+
+def copied(x: np.ndarray) -> np.ndarray:
+    """Return a copy that lies in memory as `x` does, which ``x.copy()`` does not.
+
+    >>> x = laid_out(np.arange(3.0), "negative")
+    >>> y = copied(x)
+    >>> y, y.strides, np.shares_memory(x, y)
+    (array([0., 1., 2.]), (-8,), False)
+    """
+    owner: Any = x
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if owner.size == 0:
+        return x.copy()
+    bytes_ = owner.copy(order="K").ravel(order="K").view(np.uint8)
+    offset = x.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    y = np.ndarray(x.shape, x.dtype, bytes_, offset, x.strides)
+    y.flags.writeable = x.flags.writeable
+    return y
