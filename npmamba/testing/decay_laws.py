@@ -8,12 +8,23 @@ import numpy as np
 
 from npmamba.reference.functions import discretize, exponent
 from npmamba.testing.law import Broken, Results, Scan, law, tolerance
-from npmamba.testing.law_tools import any_step, compare, decaying, drawn, gate_of, normal, starts_of, wide
+from npmamba.testing.law_tools import (
+    any_step,
+    compare,
+    decaying,
+    drawn,
+    gate_of,
+    long_decaying_steps,
+    long_steps,
+    normal,
+    starts_of,
+    wide,
+)
 from npmamba.testing.parts import map_per_channel, step_size, steps, with_step
 from npmamba.testing.scales import scan_scale
 
 
-@law(only=any_step)
+@law(only=long_steps)
 def units_of_time_do_not_matter(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """Measured in units of 1/s, steps are s Delta, rates A / s and input maps B / s. Decays exp(Delta A) and inflows
     f B u stay, by either rule, and so do y and the state. (With s a power of two nothing is rounded.)"""
@@ -24,7 +35,7 @@ def units_of_time_do_not_matter(scan: Scan, arguments: dict[str, Any], rng: np.r
     compare(scan, scan({**arguments, **scaled}), scan(arguments), {**arguments, **scaled})
 
 
-@law("delta_softplus", only=any_step)
+@law("delta_softplus", only=long_steps)
 def the_step_is_the_softplus_of_delta_plus_bias(
     scan: Scan, arguments: dict[str, Any], rng: np.random.Generator
 ) -> None:
@@ -52,8 +63,8 @@ def _sums(arguments: dict[str, Any]) -> tuple[Any, Any, Any, float]:
 
 
 def _amplified(arguments: dict[str, Any], time: float) -> float:
-    """The error of e^x is |x| times that of x."""
-    return 1 + time * float(np.abs(arguments["A"]).max()) / 32
+    """The error of e^x is |x| times that of x, and a product of many decays has an error of each."""
+    return 1 + time * float(np.abs(arguments["A"]).max()) / 32 + arguments["u"].shape[2] / 128
 
 
 @law("initial_state", only=decaying)
@@ -124,7 +135,7 @@ def the_exact_rule_keeps_states_between_their_bounds(
     scan.close("last_state", last, np.clip(last, low, high), 4 * tolerance(arguments).last_state, arguments)
 
 
-@law("last_state", "initial_state", only=decaying)
+@law("last_state", "initial_state", only=long_decaying_steps)
 def a_free_state_never_grows(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """Without input and with A < 0, 0 <= a <= 1: the longer the wait, the nearer to 0, and never across it."""
     arguments = {**drawn(scan, arguments, rng, "initial_state"), "u": np.zeros_like(arguments["u"]), "seq_idx": None}
@@ -151,7 +162,7 @@ def _ends(arguments: dict[str, Any], count: int) -> Any:
     return np.s_[..., ::count] if arguments.get("reverse") else np.s_[..., count - 1 :: count]
 
 
-@law("zoh", only=any_step)
+@law("zoh", only=long_steps)
 def a_held_step_can_be_cut(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """Zero-order hold is exact for an input that is constant over the step, so a step and its parts, one after the
     other with the same u, B and C, lead to the same state: the semigroup law."""
@@ -162,7 +173,7 @@ def a_held_step_can_be_cut(scan: Scan, arguments: dict[str, Any], rng: np.random
     compare(scan, Results(got.y[_ends(arguments, count)], got.last_state), scan(arguments), arguments, amplified=2)
 
 
-@law("zoh", "euler", only=decaying)
+@law("zoh", "euler", only=long_decaying_steps)
 def euler_converges_to_the_exact_rule(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """Cut every step into m: the inflow that euler then sums up is that of zoh times r(v) = v / (exp(v) - 1) with v =
     Delta A / m, and r(v) = 1 - v/2 + v^2/12 - ...: first order. So |y_m - y_zoh| <= (|v|/2 + v^2/12) E with E the

@@ -19,6 +19,7 @@ from npmamba.testing.law_tools import (
     before,
     drawn,
     in_pieces,
+    long_steps,
     negative,
     normal,
     not_float64,
@@ -232,7 +233,7 @@ def a_shared_map_has_the_sum_of_its_channels_gradients(
     compare(scan, scan.gradients(arguments, dout, dlast), expected, allowed, arguments)
 
 
-@law("backward", "delta_softplus", only=any_step)
+@law("backward", "delta_softplus", only=long_steps)
 def the_step_has_the_slope_of_softplus(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> None:
     """The chain rule: softplus'(x) = sigmoid(x), so ddelta = dDelta sigmoid(delta + delta_bias), where dDelta is what
     a scan without bias and softplus says that is given the step itself. The bias enters every row and step, so its

@@ -111,6 +111,8 @@ class Violation:
         Largest difference in units of the tolerance; inf where one is not a number and the other is.
     arguments : dict
         Of the call whose result is `got`.
+    where : tuple of int or None
+        Index of the largest error.
     """
 
     law: str
@@ -119,23 +121,25 @@ class Violation:
     got: Any
     error: float
     arguments: dict[str, Any] = field(repr=False)
+    where: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         text = f"{self.law.replace('_', ' ')}: {self.what}, {self.error:.3g} times what rounding allows"
-        if np.shape(self.got) != np.shape(self.expected) or not np.size(self.got):
+        if self.where is None:
             return text
-        got, expected = np.asarray(self.got, np.float64), np.asarray(self.expected, np.float64)
-        where = np.unravel_index(np.argmax(_distance(got, expected, 1.0)), got.shape)
-        place = f" at {tuple(map(int, where))}" if where else ""
-        return f"{text}; got {got[where]:.9g}{place}, expected {expected[where]:.9g}"
+        got, expected = (float(np.asarray(x)[self.where]) for x in (self.got, self.expected))
+        place = f" at {self.where}" if self.where else ""
+        return f"{text}; got {got:.9g}{place}, expected {expected:.9g}"
 
 
 class Broken(Exception):
     """Raised inside a law, with the violation; `Law.check` returns it."""
 
-    def __init__(self, what: str, expected: Any, got: Any, error: float, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, what: str, expected: Any, got: Any, error: float, arguments: dict[str, Any], where: Any = None
+    ) -> None:
         super().__init__(what)
-        self.violation = Violation("", what, expected, got, error, arguments)
+        self.violation = Violation("", what, expected, got, error, arguments, where)
 
 
 class Outcome(NamedTuple):
@@ -261,7 +265,7 @@ def _vanishing(dtype: Any, E: Any) -> float:
     """Return what a number below the smallest normal one may lose, in products with the largest of this scan."""
     wide = np.float64 if dtype == np.float64 else np.float32
     largest = np.max(E, initial=1.0, where=np.isfinite(E))
-    return 16 * float(np.finfo(wide).tiny) * float(largest) + float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    return 16 * float(np.finfo(wide).tiny) * float(largest) + 8 * float(ml_dtypes.finfo(dtype).smallest_subnormal)
 
 
 def _distance(got: Any, expected: Any, allowed: Any) -> Any:
@@ -326,11 +330,13 @@ class Scan:
 
     def close(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
         """Raise `Broken` where `got` is farther from `expected` than `allowed`."""
+        expected = np.broadcast_to(expected, np.shape(got))
         distance = _distance(np.asarray(got, np.float64), np.asarray(expected, np.float64), allowed)
         error = float(np.max(distance, initial=0.0))
         self.worst = max(self.worst, error)
         if not error <= 1:
-            raise Broken(f"{what} is off", expected, got, error, arguments)
+            where = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
+            raise Broken(f"{what} is off", expected, got, error, arguments, where)
 
     def same(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
         """Raise `Broken` if bits differ, where the scan promises bits; else like `close`."""

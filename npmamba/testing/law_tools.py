@@ -39,6 +39,15 @@ def decaying_in_two_steps(arguments: dict[str, Any]) -> str:
     return two_steps(arguments) or decaying(arguments)
 
 
+def long_steps(arguments: dict[str, Any]) -> str:
+    """A law that says delta otherwise needs a type in which that is the same: rounding it moves all that follows."""
+    return any_step(arguments) or ("the case has steps in a short type" if arguments["u"].dtype.itemsize < 4 else "")
+
+
+def long_decaying_steps(arguments: dict[str, Any]) -> str:
+    return long_steps(arguments) or decaying(arguments)
+
+
 def not_float64(arguments: dict[str, Any]) -> str:
     return "the case has the widest type already" if arguments["u"].dtype == np.float64 else ""
 
