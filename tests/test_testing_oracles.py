@@ -335,7 +335,7 @@ def test_packing_padding_and_reversed_time_are_taken_apart_in_one_place():
     windows = []
     conv = {"x": u, "weight": np.ones((1, 2)), "seq_idx": np.array([[0, 0, 0, 1, 1, 1]])}
     conv_by(lambda s: windows.append(s.x.tolist()) or s.x[:, 1:], conv)
-    assert windows == [[[0, 0, 1, 2]], [[0, 3, 4, 5]]]
+    assert windows == [[[0, 0, 1, 2, 0, 3, 4, 5]]]
 
 
 def test_an_update_with_a_square_B_varies_with_the_batch():

@@ -44,9 +44,9 @@ class ScanSequence(NamedTuple):
 
 
 class ConvSequence(NamedTuple):
-    """A sequence of all channels of one batch row, with the inputs before it; everything is float64."""
+    """The sequences of one batch row, all channels; each has the width - 1 inputs before it. Everything is float64."""
 
-    x: Array  # (dim, width - 1 + seqlen)
+    x: Array  # (dim, width - 1 + seqlen): the sequences one after the other, with zeros between them
     weight: Array  # (dim, width)
     bias: Array  # (dim,), zero where there is none
     silu: bool
@@ -185,6 +185,12 @@ def _parts(a: dict[str, Any], b: int, seqlen: int) -> list[Array]:
     return times_of_sequences(None if a["seq_idx"] is None else a["seq_idx"][b], seqlen, a["reverse"])
 
 
+def _outside_gaps(parts: list[Array], taps: int) -> Array:
+    """Return which outputs of sequences with gaps of `taps` between them are those of the sequences."""
+    gap = np.zeros(taps, bool)
+    return np.concatenate([np.concatenate([gap[: taps * (k > 0)], parts[k] >= 0]) for k in range(len(parts))])
+
+
 def conv_by(solve: Callable[[ConvSequence], Array], arguments: dict[str, Any]) -> tuple[Array, Array]:
     """Compute a causal convolution by an oracle for plain sequences; the like of `scan_by`.
 
@@ -199,10 +205,12 @@ def conv_by(solve: Callable[[ConvSequence], Array], arguments: dict[str, Any]) -
     bias = np.zeros(dim) if a["bias"] is None else a["bias"]
     y = np.zeros((batch, dim, seqlen))
     for b in range(batch):
-        for k, times in enumerate(_parts(a, b, seqlen)):
-            before = last[b] if k == 0 else np.zeros_like(last[b])
-            x = np.concatenate([before, a["x"][b][:, times]], axis=1)
-            if dim:
-                y[b][:, times] = solve(ConvSequence(x, a["weight"], bias, a["activation"] == "silu"))
-            last[b] = x[:, len(times) :]
+        parts = _parts(a, b, seqlen)
+        if not (parts and dim):
+            continue
+        gaps = [last[b], *(np.zeros((dim, taps)) for _ in parts[1:])]
+        x = [np.concatenate([gap, a["x"][b][:, times]], axis=1) for gap, times in zip(gaps, parts, strict=True)]
+        found = solve(ConvSequence(np.concatenate(x, axis=1), a["weight"], bias, a["activation"] == "silu"))
+        y[b][:, np.concatenate(parts)] = found[:, _outside_gaps(parts, taps)]
+        last[b] = x[-1][:, len(parts[-1]) :]
     return y, last

@@ -47,7 +47,7 @@ DSTATES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 64)
 WIDTHS = (1, 2, 3, 4, 5, 7, 8)
 MAPS = ("variable", "constant", "grouped")
 SIZE_LIMIT = 100_000
-"""States times steps of the largest case, which the exact result takes about a second for."""
+"""States times steps of the largest case: the exact result takes a fraction of a second."""
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -18,7 +18,7 @@ from npmamba.reference.selective_scan import SelectiveScanGradients
 from npmamba.testing import propagation
 from npmamba.testing.oracles import update_as_scan
 from npmamba.testing.rounding import Rounded, gate_of
-from npmamba.testing.sequences import complete_conv
+from npmamba.testing.sequences import ConvSequence, complete_conv, conv_by
 from npmamba.testing.values import finfo, parameter_dtype
 
 Array = Any
@@ -168,12 +168,18 @@ def _absolute(arguments: dict[str, Any]) -> dict[str, Any]:
     return {n: np.abs(x) if isinstance(x, np.ndarray) and n != "seq_idx" else x for n, x in arguments.items()}
 
 
+def _windowed(s: ConvSequence) -> Array:
+    """Convolve a sequence, without its activation."""
+    windows = np.lib.stride_tricks.sliding_window_view(s.x, s.weight.shape[1], axis=1)
+    return np.einsum("dtk,dk->dt", windows, s.weight) + s.bias[:, None]
+
+
 def _conv(arguments: dict[str, Any]) -> tuple[dict[str, Any], Rounded, Rounded]:
     """Return the arguments of a convolution, y and the derivative of its activation."""
     a = complete_conv(arguments)
     linear = {**a, "activation": None}
     sizes = _absolute(linear)
-    q, size = causal_conv1d.forward(**linear)[0], causal_conv1d.forward(**sizes)[0]
+    q, size = conv_by(_windowed, linear)[0], conv_by(_windowed, sizes)[0]
     y = Rounded(size, (2 + 2 * np.sqrt(a["weight"].shape[1])) * size)
     silu, slope = gate_of(q, y)
     return a, *((y, Rounded.exact(np.ones_like(q))) if a["activation"] is None else (silu, slope))
