@@ -17,9 +17,9 @@ import numpy as np
 
 
 def is_array(x: Any) -> bool:
-    """Tell whether `x` is a NumPy or CuPy array (masked arrays and scalars are not)."""
+    """Tell whether `x` is a NumPy or CuPy array; masked arrays, scalars and matrices, whose axes stay two, are none."""
     if isinstance(x, np.ndarray):
-        return not isinstance(x, np.ma.MaskedArray)
+        return not isinstance(x, np.ma.MaskedArray | np.matrix)
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(x, cupy.ndarray)
 

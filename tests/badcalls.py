@@ -273,6 +273,7 @@ OTHERS: dict[str, Callable[[np.ndarray], Any]] = {
     "dictionary": lambda x: {"array": x},
     "generator": lambda x: (row for row in x.reshape(-1)),
     "memoryview": lambda x: memoryview(np.ascontiguousarray(x)),
+    "matrix": lambda x: x.view(np.matrix) if x.ndim == 2 else x[None],
     "array.array": lambda x: array.array("d", x.reshape(-1).tolist()),
     "class": lambda x: np.ndarray,
     "function": lambda x: np.zeros,

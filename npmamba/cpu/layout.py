@@ -77,4 +77,5 @@ def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
     """
     channels_first = abs(u.strides[1]) > abs(u.strides[2]) or u.flags.c_contiguous
     result = _transposed(result) if channels_first else result.swapaxes(1, 2)
-    return result.astype(u.dtype.newbyteorder("="), copy=False)
+    with np.errstate(over="ignore"):  # what lies beyond float16's range is infinite there
+        return result.astype(u.dtype.newbyteorder("="), copy=False)
