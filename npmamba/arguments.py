@@ -45,16 +45,47 @@ def parser() -> Parser:
     warmup = commands.add_parser("warmup", help="compile all kernels now, for the CPU and, if there is one, the GPU")
     warmup.add_argument("--float64", action="store_true", help="those for float64 too")
     warmup.add_argument("--bfloat16", action="store_true", help="those for bfloat16 too, of a GPU; the CPU has none")
+    _add_fuzz(commands)
     for command in commands.choices.values():
         command.allow_abbrev = False
-        command.add_argument("--threads", type=_threads, metavar="N", help="threads (default: all cores)")
+        command.add_argument("--threads", type=_count, metavar="N", help="threads (default: all cores)")
     return top
 
 
-def _threads(text: str) -> int:
+def _add_fuzz(commands: Any) -> None:
+    fuzz = commands.add_parser("fuzz", help="try to break a kernel: yours, ours or any other")
+    add = fuzz.add_argument
+    add("target", metavar="TARGET", help="the kernel, as module:function")
+    add("--operation", choices=("scan", "conv1d", "update"), default="scan", help="what it computes (default: scan)")
+    add("--backward", metavar="TARGET", help="its backward pass: dout and the arguments to gradients by name")
+    add("--examples", type=_count, default=200, metavar="N", help="cases to try (default: 200)")
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    add("--dtype", choices=dtypes, default="float32", help="dtype of u (default: float32)")
+    add("--discretization", choices=("euler", "zoh"), help="its rule, if it has no such argument")
+    maps = ("variable", "constant", "grouped")
+    add("--maps", choices=maps, nargs="+", help="shapes of B and C that a scan takes (default: all)")
+    libraries = ("numpy", "torch", "jax", "cupy")
+    add("--library", choices=libraries, default="numpy", help="whose arrays it takes (default: numpy)")
+    add("--device", help="a device of PyTorch, such as cuda")
+    orders = ("batch dim seqlen", "batch seqlen dim")
+    add("--order", choices=orders, default=orders[0], help=f"order of its axes (default: {orders[0]!r})")
+    add("--name", action="append", default=[], metavar="OURS=THEIRS", type=_pair, help="its name of an argument")
+    add("--without", action="append", default=[], metavar="OPTION", help="leave an option, or layouts, out")
+    add("--nonfinite", action="store_true", help="ask a scan for NaN, infinities and A = -inf too")
+    add("--seed", type=int, help="draw the same cases again")
+    add("--script", metavar="FILE", help="where to write the program that shows a failure")
+
+
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
     return int(text)
+
+
+def _pair(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"must be OURS=THEIRS, got {text!r}")
+    return text
 
 
 _GROUPS = {

@@ -1,4 +1,4 @@
-"""The ``npmamba`` command: train, generate, doctor, warmup.
+"""The ``npmamba`` command: train, generate, doctor, warmup, fuzz.
 
 Nothing heavy is imported before a command needs it, so ``--help`` is instant; and as this is the program, not
 the library, it may choose the thread settings that must stand in the environment before NumPy is loaded.
@@ -24,7 +24,7 @@ _SUFFIXES = {"ok": "ok", "missing": "--", "broken": "!!"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run the command line; return 0, 1 if something is broken, 2 after an error, 130 after Ctrl-C."""
     understood = parser()
     args = understood.parse_args(argv)
     if args.version:
@@ -182,9 +182,18 @@ def _warmup(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fuzz(args: argparse.Namespace) -> int:
+    from npmamba.testing.fuzz import run
+
+    text, right = run(args)
+    print(text)
+    return 0 if right else 1
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "generate": _generate,
     "doctor": _doctor,
     "warmup": _warmup,
+    "fuzz": _fuzz,
 }
