@@ -20,7 +20,13 @@ class Compact:
 
 
 def refuse_unless(case: Any, name: str, known: Any) -> None:
-    """Raise a ValueError if an attribute of a case is not one of the known values."""
+    """Raise a ValueError if an attribute of a case is not one of the known values.
+
+    >>> refuse_unless(ScanOptions(), "discretization", ("tustin",))
+    Traceback (most recent call last):
+        ...
+    ValueError: ScanOptions: discretization must be one of 'tustin', got 'euler'
+    """
     value = getattr(case, name)
     if value not in known:
         raise ValueError(f"{type(case).__name__}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")

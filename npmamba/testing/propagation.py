@@ -62,8 +62,14 @@ def _scan(a: dict[str, Any], compute: np.dtype) -> _Scan:
     zeros = np.zeros((batch, *a["A"].shape))
     first = Rounded.exact(zeros if a["initial_state"] is None else a["initial_state"])
     h = _along_time(decay, (s.weight * B * u).where(kept), first, kept)
-    y = (C * h).sum(2) + D * u.at(np.s_[:, :, 0])
+    y = _joined(C * h, D * u.at(np.s_[:, :, 0]))
     return _Scan(u, B, C, D, s, kept, decay, first, h, y)
+
+
+def _joined(states: Rounded, direct: Rounded) -> Rounded:
+    """Add up over the states, and the direct path: it may be what the sum begins with, and is rounded at every term."""
+    total = states.sum(2) + direct
+    return total._replace(error=total.error + 2 * np.sqrt(states.size.shape[2]) * direct.size)
 
 
 def _in_order(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +146,7 @@ def _gradients(s: _Scan, a: dict[str, Any], dout: Array, dlast_state: Array) -> 
     inflow = (g * s.step.weight).where(s.kept)
     u = s.u.at(np.s_[:, :, 0])
     return SelectiveScanGradients(
-        (inflow * s.B).sum(2) + s.D * dy, ddelta, dA, _of_maps(inflow * s.u, a["B"]), _of_maps(wide * s.h, a["C"]),
+        _joined(inflow * s.B, s.D * dy), ddelta, dA, _of_maps(inflow * s.u, a["B"]), _of_maps(wide * s.h, a["C"]),
         None if a["D"] is None else (dy * u).sum((0, 2)), dz,
         None if a["delta_bias"] is None else ddelta.sum((0, 2)), None if a["initial_state"] is None else dinitial,
     )  # fmt: skip

@@ -21,7 +21,12 @@ Rates = Callable[[np.random.Generator, tuple[int, int], int], Array]
 
 
 def ladder(rng: np.random.Generator, shape: tuple[int, int], seqlen: int) -> Array:
-    """Draw A as published models start with: -1, -2, ... -dstate, with a jitter per channel."""
+    """Draw A as published models start with: -1, -2, ... -dstate, with a jitter per channel.
+
+    >>> A = ladder(np.random.default_rng(0), (1, 3), 5)
+    >>> (A / A[0, 0]).round(9)
+    array([[1., 2., 3.]])
+    """
     return -np.arange(1.0, shape[1] + 1) * rng.uniform(0.5, 1.5, (shape[0], 1))
 
 
@@ -164,7 +169,12 @@ class Numbers:
 
 
 def draw_scan(numbers: Numbers, sizes: tuple[int, ...], o: ScanOptions) -> dict[str, Any]:
-    """Draw the arguments of a scan of sizes (batch, dim, seqlen, dstate) in float64."""
+    """Draw the arguments of a scan of sizes (batch, dim, seqlen, dstate) in float64.
+
+    >>> numbers = Numbers(np.random.default_rng(0), "tame", np.float64)
+    >>> draw_scan(numbers, (1, 4, 5, 3), ScanOptions(B=2))["B"].shape
+    (1, 2, 3, 5)
+    """
     batch, dim, seqlen, dstate = sizes
     shape = (batch, dim, seqlen)
     delta, delta_bias = numbers.steps(shape, softplus=o.delta_softplus, bias=o.delta_bias)
@@ -186,7 +196,12 @@ def draw_scan(numbers: Numbers, sizes: tuple[int, ...], o: ScanOptions) -> dict[
 
 
 def draw_conv(numbers: Numbers, sizes: tuple[int, ...], o: ConvOptions) -> dict[str, Any]:
-    """Draw the arguments of a convolution of sizes (batch, dim, seqlen, width) in float64."""
+    """Draw the arguments of a convolution of sizes (batch, dim, seqlen, width) in float64.
+
+    >>> numbers = Numbers(np.random.default_rng(0), "tame", np.float64)
+    >>> draw_conv(numbers, (1, 4, 5, 3), ConvOptions())["weight"].shape
+    (4, 3)
+    """
     batch, dim, seqlen, width = sizes
     return {
         "x": numbers.signal((batch, dim, seqlen)),
@@ -200,7 +215,12 @@ def draw_conv(numbers: Numbers, sizes: tuple[int, ...], o: ConvOptions) -> dict[
 
 
 def draw_update(numbers: Numbers, sizes: tuple[int, ...], o: UpdateOptions) -> dict[str, Any]:
-    """Draw the arguments of one step in float64, which are those of a scan of one token."""
+    """Draw the arguments of one step of sizes (batch, dim, dstate) in float64: those of a scan of one token.
+
+    >>> numbers = Numbers(np.random.default_rng(0), "tame", np.float64)
+    >>> draw_update(numbers, (1, 4, 3), UpdateOptions())["dt"].shape
+    (1, 4)
+    """
     batch, dim, dstate = sizes
     step = ScanOptions(o.B, o.C, o.D, o.z, o.dt_bias, o.dt_softplus, True, discretization=o.discretization)
     scan = draw_scan(numbers, (batch, dim, 1, dstate), step)
