@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from npmamba.backend import twin  # noqa: E402
 from npmamba.reference import cross_entropy as reference  # noqa: E402
 
-SHAPES = ((8192, 50280), (16384, 65), (262144, 256), (2048, 50257))
+SHAPES = ((8192, 50280), (16384, 65), (262144, 256), (2048, 50257), (65536, 1024))
 CPU_SHAPES = ((4096, 65), (128, 50280))
 IGNORED = -100
 Case = dict[str, Any]

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npmamba.cuda import cross_entropy_short as short
 from npmamba.cuda.arrays import empty, library
 from npmamba.cuda.cross_entropy_backward import BACKWARD, SPAN
-from npmamba.cuda.cross_entropy_forward import FORWARD, MEAN, WARPS
-from npmamba.cuda.rows import inner_rows, lines, wide
+from npmamba.cuda.cross_entropy_forward import FORWARD, MEAN
+from npmamba.cuda.rows import inner_rows, lines, team_of, wide
 from npmamba.shapes import compute_dtype
 
 SHORT = 1024
-"""Rows up to this length belong to a warp each, longer ones to a block."""
+"""Rows up to this length belong to a few threads each, longer ones to a block."""
 
 
 class Saved(NamedTuple):
@@ -31,10 +32,10 @@ class Saved(NamedTuple):
     count: Any
 
 
-def _division(vocab: int, rows: int) -> tuple[int, int]:
-    """Return the warps of a row's team, and how many blocks hold all rows."""
-    warps = 1 if vocab <= SHORT else WARPS
-    return warps, -(-rows // (WARPS // warps))
+def _teams(vocab: int, rows: int, numbers: int, most: int) -> tuple[int, int]:
+    """Return p, for teams of ``1 << p`` threads that own short rows, and how many blocks, `most` at most."""
+    p = team_of(vocab, short.LANES, numbers)
+    return p, min(most, -(-rows // (short.THREADS >> p)))
 
 
 def forward(logits: Any, labels: Any, *, ignore_index: int, save: bool) -> tuple[Any, Saved | None]:
@@ -42,14 +43,18 @@ def forward(logits: Any, labels: Any, *, ignore_index: int, save: bool) -> tuple
     vocab, dtype = logits.shape[-1], compute_dtype(logits.dtype)
     targets = library(labels).ascontiguousarray(labels.astype(np.int64, copy=False)).reshape(-1)
     rows = targets.size
-    warps, blocks = _division(vocab, rows)
+    p, blocks = 0, rows
+    if vocab <= SHORT:
+        p, blocks = _teams(vocab, rows, short.forward_numbers(logits.dtype), short.FORWARD_BLOCKS)
     tops, sums = empty(logits, (rows,), dtype), empty(logits, (rows,), dtype)
     losses, counts = empty(logits, (blocks,), dtype), empty(logits, (blocks,), np.int64)
     mean, count = empty(logits, (), dtype), empty(logits, (), np.int64)
     x = lines(logits)
-    numbers = (vocab, rows, inner_rows(x), int(wide(x.array)))
-    arguments = (*x, targets, ignore_index, losses, counts, sums, tops, *numbers)
-    FORWARD.launch((blocks,), logits.dtype, arguments, warps=warps)
+    arrays, aligned = (*x, targets, ignore_index, losses, counts, sums, tops), int(wide(x.array))
+    if vocab <= SHORT:
+        short.FORWARD.launch((blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, p))
+    else:
+        FORWARD.launch((blocks,), logits.dtype, (*arrays, vocab, inner_rows(x), aligned))
     MEAN.launch((1,), dtype, (losses, counts, mean, count, blocks))
     return mean, Saved(logits, targets, ignore_index, tops, sums, count) if save else None
 
@@ -58,10 +63,12 @@ def backward(dout: Any, saved: Saved) -> tuple[Any]:
     """Return the gradient of the logits, C-ordered."""
     logits, labels, ignore_index, tops, sums, count = saved
     vocab, rows = logits.shape[-1], labels.size
-    warps, blocks = _division(vocab, rows)
     dlogits = empty(logits, logits.shape, logits.dtype)
     x = lines(logits)
-    numbers = (vocab, rows, inner_rows(x), int(wide(x.array)))
-    arguments = (*x, labels, ignore_index, tops, sums, dout, count, dlogits, *numbers)
-    BACKWARD.launch((blocks, -(-vocab // SPAN)), logits.dtype, arguments, warps=warps)
+    arrays, aligned = (*x, labels, ignore_index, tops, sums, dout, count, dlogits), int(wide(x.array))
+    if vocab <= SHORT:
+        p, blocks = _teams(vocab, rows, short.backward_numbers(logits.dtype), short.BACKWARD_BLOCKS)
+        short.BACKWARD.launch((blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, p))
+    else:
+        BACKWARD.launch((rows, -(-vocab // SPAN)), logits.dtype, (*arrays, vocab, inner_rows(x), aligned))
     return (dlogits,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from npmamba.cuda.cross_entropy_forward import THREADS, WARPS, numbers_of
+from npmamba.cuda.cross_entropy_forward import THREADS, numbers_of
 from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, shift
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.rows import divided, row_pointer
@@ -16,13 +16,12 @@ SPAN = 16_384
 """Logits of a row that a block of the backward pass writes at most."""
 
 
-def _backward(real, data, warps):
-    numbers, width, number = numbers_of(real, warps), width_of(data), real.type
+def _backward(real, data):
+    numbers, width, number = numbers_of(real), width_of(data), real.type
     read_vectors, write_vectors = readers(width, numbers)[0], writers(width, numbers)[0]
     read_numbers, write_numbers = readers(1, numbers)[1], writers(1, numbers)[1]
     place, place_alone = place_of(width), place_of(1)
-    lanes, chunk, teams = warps * 32, warps * 32 * numbers, WARPS // warps
-    step = lanes * width
+    chunk, step = THREADS * numbers, THREADS * width
 
     def subtract_label(x, k, j, label, top, factor, scale):
         """x_k = e^(l - top) factor, less `scale` at the label"""
@@ -31,20 +30,16 @@ def _backward(real, data, warps):
 
     def cross_entropy_backward(
         logits: Data, outer_stride: Stride, inner_stride: Stride, labels: Long, ignored: Stride,
-        tops: Wide, sums: Wide, dout: Wide, count: Long, dlogits: Data, n: Size, rows: Size, inner: Size, wide: Size,
+        tops: Wide, sums: Wide, dout: Wide, count: Long, dlogits: Data, n: Size, inner: Size, wide: Size,
     ):  # fmt: skip
         """Equation: dl = (softmax(l) - onehot(label)) scale, with softmax(l) scale = e^(l - top) scale / sum and
         scale = dout / count.
-        Threads: a team of `warps` warps owns a row, or SPAN logits of it: blocks along y share a long row.
+        Threads: a block owns a row, or SPAN logits of it: blocks along y share a long row.
         Owns: its logits' gradients; zeros where the label is ignored.
         Saved: sum and largest logit of each row; how many rows count.
         """
         x = cuda.local.array(numbers, real)
-        tid = uint32(cuda.threadIdx.x)
-        lane = tid % uint32(lanes)
-        row = uint32(uint32(uint32(cuda.blockIdx.x) * uint32(teams)) + tid // uint32(lanes))
-        if row >= rows:
-            return
+        lane, row = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
         label = load(labels, row)
         counted = label != ignored
         column = uint32(select(label >= 0 and label < int64(n), label, int64(n)))
@@ -68,13 +63,13 @@ def _backward(real, data, warps):
             else:
                 first = uint32(at + lane)
                 if counted:
-                    read_numbers(x, p, first, uint32(lanes), n)
+                    read_numbers(x, p, first, uint32(THREADS), n)
                     for k in range(numbers):
-                        subtract_label(x, k, place_alone(first, uint32(lanes), k), column, top, factor, scale)
-                write_numbers(x, out, first, uint32(lanes), n)
+                        subtract_label(x, k, place_alone(first, uint32(THREADS), k), column, top, factor, scale)
+                write_numbers(x, out, first, uint32(THREADS), n)
             at = uint32(at + uint32(chunk))
 
     return cross_entropy_backward
 
 
-BACKWARD = Kernel(_backward, threads=THREADS, blocks=4, shipped={"warps": (1, WARPS)})
+BACKWARD = Kernel(_backward, threads=THREADS, blocks=4, shipped={})

@@ -7,6 +7,7 @@ first kernel gives each row's loss, the second the mean of those that count.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,9 @@ SUMMANDS = 8
 ADDERS = 512
 
 
-def numbers_of(real: np.dtype, warps: int) -> int:
+def numbers_of(real: np.dtype) -> int:
     """Return how many logits a thread reads at once."""
-    return 64 // real.itemsize if warps > 1 and real == np.float32 else 32 // real.itemsize
+    return 64 // real.itemsize if real == np.float32 else 32 // real.itemsize
 
 
 # --- a row ---
@@ -49,12 +50,32 @@ def _larger_double(x, y):
     return cuda.libdevice.fmax(x, y)
 
 
-def _row_scan(real, data, warps):
+def log_of(real: np.dtype) -> Any:
+    """Return the logarithm for a dtype."""
+    return _log if real == np.float32 else _log_double
+
+
+def larger_of(real: np.dtype) -> Any:
+    """Return the larger of two numbers of a dtype, or the one that is not NaN."""
+    return _larger if real == np.float32 else _larger_double
+
+
+def add_lanes(high, low, count):
+    """Add up what `two_sum` made, and whole numbers, over a warp; all its lanes get the sums."""
+    for power in range(5):
+        other = cuda.shfl_xor_sync(-1, high, 1 << power)
+        low += cuda.shfl_xor_sync(-1, low, 1 << power)
+        high, low = two_sum(high, low, other)
+        count += cuda.shfl_xor_sync(-1, count, 1 << power)
+    return high, low, count
+
+
+def _row_scan(real, data):
     """Build ``scan(p, lane, n, wide)``: the largest of a thread's share of a row, and its sum of e^(l - largest)."""
-    numbers, width = numbers_of(real, warps), width_of(data)
+    numbers, width = numbers_of(real), width_of(data)
     by_vectors, by_numbers = readers(width, numbers)
-    larger, place, number = _larger if real == np.float32 else _larger_double, place_of(width), real.type
-    step, chunk = warps * 32 * width, warps * 32 * numbers
+    larger, place, number = larger_of(real), place_of(width), real.type
+    step, chunk = THREADS * width, THREADS * numbers
     lowest, nothing = float(np.finfo(real).min), -math.inf
 
     def scan(p, lane, n, wide):
@@ -83,7 +104,7 @@ def _row_scan(real, data, warps):
 
 def _row_merge(real, lanes):
     """Build ``merge(top, total)``: the shares of neighbouring lanes as one, its sum relative to the largest of all."""
-    larger = _larger if real == np.float32 else _larger_double
+    larger = larger_of(real)
     powers = lanes.bit_length() - 1
 
     def merge(top, total):
@@ -97,10 +118,9 @@ def _row_merge(real, lanes):
     return merge
 
 
-def _forward(real, data, warps):
-    teams, number, log = WARPS // warps, real.type, _log if real == np.float32 else _log_double
-    scan, merge, merge_warps = _row_scan(real, data, warps), _row_merge(real, 32), _row_merge(real, WARPS)
-    nan = math.nan
+def _forward(real, data):
+    number, log, nan = real.type, log_of(real), math.nan
+    scan, merge, merge_warps = _row_scan(real, data), _row_merge(real, 32), _row_merge(real, WARPS)
 
     def merge_block(top, total, shared_tops, shared_sums, tid):
         """Merge the shares of all warps, in the first of them."""
@@ -112,53 +132,38 @@ def _forward(real, data, warps):
 
     def cross_entropy_forward(
         logits: Data, outer_stride: Stride, inner_stride: Stride, labels: Long, ignored: Stride,
-        losses: Wide, counts: Long, sums: Wide, tops: Wide, n: Size, rows: Size, inner: Size, wide: Size,
+        losses: Wide, counts: Long, sums: Wide, tops: Wide, n: Size, inner: Size, wide: Size,
     ):  # fmt: skip
         """Equation: loss = log(sum e^(l - top)) + top - l[label], with top = max l.
-        Threads: a team of `warps` warps owns a row; its threads scan it side by side, each with a maximum of its own
-        that grows on the way, and then compare.
-        Owns: the sum and the largest logit of its row, 1 and 0 where the label is ignored; the block owns the sum of
-        its rows' losses, and how many of them count.
+        Threads: a block owns a row; its threads scan it side by side, each with a maximum of its own that grows on the
+        way, and then compare.
+        Owns: the sum and the largest logit of its row, 1 and 0 where the label is ignored; its loss, and whether it
+        counts.
         Saved: sum and largest logit.
         """
         first, second = cuda.shared.array(WARPS, real), cuda.shared.array(WARPS, real)
-        tid = uint32(cuda.threadIdx.x)
-        lane, team = tid % uint32(32 * warps), tid // uint32(32 * warps)
-        row = uint32(uint32(uint32(cuda.blockIdx.x) * uint32(teams)) + team)
-        there = row < rows
-        row = select(there, row, uint32(0))
+        tid, row = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
         label = load(labels, row)
-        counted, valid = there and label != ignored, label >= int64(0) and label < int64(n)
+        counted, valid = label != ignored, label >= int64(0) and label < int64(n)
         top, total, loss = number(0), number(1), number(0)
         if counted:
             p = row_pointer(logits, divided(row, inner), outer_stride, inner_stride)
             target = load(p, uint32(select(valid, label, int64(0))))
-            top, total = scan(p, lane, n, wide)
+            top, total = scan(p, tid, n, wide)
             top, total = merge(top, total)
-            if warps > 1:
-                top, total = merge_block(top, total, first, second, tid)
+            top, total = merge_block(top, total, first, second, tid)
             total = select(valid, total, number(nan))
             loss = log(total) + (top - target)
-        if there and lane == uint32(0):
+        if tid == uint32(0):
             store(tops, row, top)
             store(sums, row, total)
-        if warps == 1:
-            if lane == uint32(0):
-                first[team], second[team] = loss, select(counted, number(1), number(0))
-            cuda.syncthreads()
-            loss, many = number(0), number(0)
-            for k in range(teams):
-                loss, many = loss + first[k], many + second[k]
-        else:
-            many = select(counted, number(1), number(0))
-        if tid == uint32(0):
-            store(losses, uint32(cuda.blockIdx.x), loss)
-            store(counts, uint32(cuda.blockIdx.x), int64(many))
+            store(losses, row, loss)
+            store(counts, row, select(counted, int64(1), int64(0)))
 
     return cross_entropy_forward
 
 
-FORWARD = Kernel(_forward, threads=THREADS, shipped={"warps": (1, WARPS)})
+FORWARD = Kernel(_forward, threads=THREADS, shipped={})
 
 
 # --- the mean ---
@@ -166,14 +171,6 @@ FORWARD = Kernel(_forward, threads=THREADS, shipped={"warps": (1, WARPS)})
 
 def _mean(real):
     number, warps, nan = real.type, ADDERS // 32, math.nan
-
-    def add_lanes(high, low, count):
-        for power in range(5):
-            other = cuda.shfl_xor_sync(-1, high, 1 << power)
-            low += cuda.shfl_xor_sync(-1, low, 1 << power)
-            high, low = two_sum(high, low, other)
-            count += cuda.shfl_xor_sync(-1, count, 1 << power)
-        return high, low, count
 
     def cross_entropy_mean(losses: Wide, counts: Long, mean: Wide, count: Long, n: Size):
         """Equation: mean = sum of losses / sum of counts; NaN if nothing counts.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-
 from npmamba.cuda.arrays import empty, library, zeros
 from npmamba.cuda.rms_norm_backward import BACKWARD, BLOCKS, COLUMN_SUMS, COLUMNS
 from npmamba.cuda.rms_norm_backward import numbers_of as numbers_of_backward

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npmamba.cuda import cross_entropy as twin
-from npmamba.cuda import cross_entropy_backward, cross_entropy_forward
+from npmamba.cuda import cross_entropy_backward, cross_entropy_forward, cross_entropy_short
 from npmamba.ops import cross_entropy as public
 from npmamba.reference import cross_entropy as reference
 
@@ -45,7 +45,7 @@ def small_blocks(backend, **patched):
     """Let the second kernel have two warps in the interpreter, and what is patched beside it."""
     with contextlib.ExitStack() as stack:
         for name, value in patched.items():
-            for module in (twin, cross_entropy_backward):
+            for module in (twin, cross_entropy_backward, cross_entropy_short):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         if not backend.fast:
@@ -100,7 +100,17 @@ def test_a_very_long_row_is_read_in_chunks_and_written_by_several_blocks(device_
     assert_close(both(device_backend, logits, labels, SPAN=4096, check=False), logits, labels, 1e-6, 3e-6)
 
 
-def test_a_warps_row_is_read_in_chunks(device_backend):
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 17), (60, 65), (20, 256), (33, 300)])
+def test_teams_of_any_size_take_row_after_row(device_backend, dtype, rows, vocab):
+    logits, labels = case((rows, vocab), 12, dtype)
+    blocks = {"FORWARD_BLOCKS": 1, "BACKWARD_BLOCKS": 2}
+    found = both(device_backend, logits, labels, check="races" if vocab < 65 else False, **blocks)
+    assert_close(found, logits, labels, *TOLERANCES[dtype])
+    assert same_bits(both(device_backend, logits, labels, check=False)[1], found[1])
+
+
+def test_a_teams_row_is_read_in_chunks(device_backend):
     logits, labels = case((9, 700), 3)
     assert_close(both(device_backend, logits, labels, check=False), logits, labels, 1e-6, 3e-6)
 
