@@ -24,7 +24,7 @@ from npmamba.testing.values import finfo, parameter_dtype
 Array = Any
 
 K = {"float64": 2.0, "float32": 2.0}
-"""Factor of a tolerance, by the dtype of the arithmetic. The CPU kernels of this package need a third of it."""
+"""Factor of a tolerance, by the dtype of the arithmetic. Right kernels were found to need a fifth of it."""
 
 
 class Tolerance(NamedTuple):
