@@ -118,7 +118,7 @@ def _draw_rest(
     return {
         "magnitude": draw(st.sampled_from(tuple(magnitudes)), label="magnitude"),
         "layout": draw(st.sampled_from(tuple(layouts)), label="layout"),
-        "special": draw(st.sampled_from([None, *places]), label="special"),
+        "special": draw(st.none() | st.sampled_from(places) if places else st.none(), label="special"),
         "seed": draw(seeds, label="seed"),
     }
 
