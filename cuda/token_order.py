@@ -37,29 +37,49 @@ _, _sum_before = make_block(total, TILE)
 _, _sum_before_lane = make_block(total, 32)
 
 
+def _peers(digit, there):
+    """Return which lanes of the warp have a token of the same digit, as bits: one ballot for each bit of a digit."""
+    peers = uint32(cuda.ballot_sync(-1, there))
+    for bit in range(BITS):
+        mine = (digit >> uint32(bit)) & uint32(1) != uint32(0)
+        votes = uint32(cuda.ballot_sync(-1, mine))
+        peers = uint32(peers & select(mine, votes, uint32(votes ^ uint32(NONE))))
+    return peers
+
+
+def _tally(tallies, digit, there, tid):
+    """Count each warp's tokens of each digit in `tallies`, for all to see; return the token's rank in its warp."""
+    for warp in range(WARPS):
+        tallies[uint32(uint32(warp * TILE) + tid)] = uint32(0)
+    peers = _peers(digit, there)
+    rank = uint32(cuda.popc(peers & uint32(uint32(uint32(1) << (tid & uint32(31))) - uint32(1))))
+    cuda.syncthreads()
+    if there and rank == uint32(0):
+        tallies[uint32(uint32((tid >> uint32(5)) * uint32(TILE)) + digit)] = uint32(cuda.popc(peers))
+    cuda.syncthreads()
+    return rank
+
+
 def _count(real):
+    cells = WARPS * TILE
+
     def token_order_count(
         keys: Long, counts: Data, n: Size, vocab: Size, tiles: Size, bins: Size, low: Size, mask: Size
     ):
         """Equation: counts[digit, tile] = number of tokens of the tile with that digit.
-        Threads: a block is a tile; thread i brings the i-th token's digit and counts how often the digit i came.
+        Threads: a block is a tile; thread i brings the i-th token's digit, and adds up the warps' counts of the digit i.
         Owns: its cell of counts.
         Saved: nothing.
         """
-        digits = cuda.shared.array(TILE, KEY)
+        tallies = cuda.shared.array(cells, KEY)
         tid, tile = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
-        start = uint32(tile * uint32(TILE))
-        filled = select(uint32(n - start) < uint32(TILE), uint32(n - start), uint32(TILE))
-        digits[tid] = uint32(NONE)
-        if tid < filled:
-            digits[tid] = (_key(keys, uint32(start + tid), vocab) >> low) & mask
-        cuda.syncthreads()
-        found, at = uint32(0), uint32(0)
-        while at < filled:
-            for k in range(STEP):
-                found = uint32(found + select(digits[uint32(at + uint32(k))] == tid, uint32(1), uint32(0)))
-            at = uint32(at + uint32(STEP))
+        i = uint32(uint32(tile * uint32(TILE)) + tid)
+        digit = uint32((_key(keys, select(i < n, i, uint32(0)), vocab) >> low) & mask)
+        _tally(tallies, digit, i < n, tid)
         if tid < bins:
+            found = uint32(0)
+            for warp in range(WARPS):
+                found = uint32(found + tallies[uint32(uint32(warp * TILE) + tid)])
             store(counts, uint32(uint32(tid * tiles) + tile), found)
 
     return token_order_count
@@ -97,6 +117,8 @@ def _sum_tiles(real):
 
 
 def _move(real):
+    cells = WARPS * TILE
+
     def token_order_move(
         keys: Long, tokens: Long, counts: Data, totals: Data, new_keys: Long, new_tokens: Long,
         n: Size, vocab: Size, tiles: Size, bins: Size, low: Size, mask: Size, first: Size,
@@ -106,31 +128,25 @@ def _move(real):
         Owns: the places its tokens go to; no two tokens have the same.
         Saved: nothing.
         """
-        shared = cuda.shared.array(WARPS, KEY)
-        digits, starts = cuda.shared.array(TILE, KEY), cuda.shared.array(TILE, KEY)
+        tallies, shared = cuda.shared.array(cells, KEY), cuda.shared.array(WARPS, KEY)
+        starts = cuda.shared.array(TILE, KEY)
         tid, tile = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
-        i, filled = uint32(uint32(tile * uint32(TILE)) + tid), uint32(n - uint32(tile * uint32(TILE)))
-        filled = select(filled < uint32(TILE), filled, uint32(TILE))
-        there, x, before_tile = tid < filled, uint32(0), uint32(0)
+        i, x, before_tile = uint32(uint32(tile * uint32(TILE)) + tid), uint32(0), uint32(0)
+        there = i < n
+        i = select(there, i, uint32(0))
+        key, token = _key(keys, i, vocab), i
+        if first == uint32(0):
+            token = uint32(load(tokens, i))
         if tid < bins:
             x, before_tile = load(totals, tid), load(counts, uint32(uint32(tid * tiles) + tile))
         starts[tid] = uint32(_sum_before(x, shared, tid) + before_tile)
-        key, token, digit = uint32(0), i, uint32(NONE)
-        if there:
-            key = _key(keys, i, vocab)
-            digit = uint32((key >> low) & mask)
-            if first == uint32(0):
-                token = uint32(load(tokens, i))
-        digits[tid] = digit
-        cuda.syncthreads()
-        rank, at = uint32(0), uint32(0)
-        while at < filled:
-            for k in range(STEP):
-                j = uint32(at + uint32(k))
-                rank = uint32(rank + select(digits[j] == digit and j < tid, uint32(1), uint32(0)))
-            at = uint32(at + uint32(STEP))
+        digit = uint32((key >> low) & mask)
+        rank = _tally(tallies, digit, there, tid)
         if there:
             place = uint32(starts[digit] + rank)
+            for warp in range(WARPS):
+                if uint32(warp) < tid >> uint32(5):
+                    place = uint32(place + tallies[uint32(uint32(warp * TILE) + digit)])
             store(new_keys, place, int64(key))
             store(new_tokens, place, int64(token))
 
