@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from npmamba.reference.functions import sigmoid, silu, silu_derivative
-from npmamba.testing.law import Broken, Law, Scan, gradient_tolerance, law
+from npmamba.testing.law import Broken, Law, Scan, Unsuited, gradient_tolerance, law
 from npmamba.testing.law_tools import (
     after,
+    amplification,
     any_step,
     before,
     drawn,
@@ -44,7 +45,7 @@ from npmamba.testing.scales import gradient_scale
 
 Arrays = dict[str, Any]
 SUMMED = ("A", "D", "delta_bias")  # over batch and time; B and C too where they are constant
-DIFFERENCE = 1e-3  # step of the differences, as a part of each array's values
+DIFFERENCE = 1e-4  # step of the differences, as a part of each array's values; shorter where decays are fast
 
 
 def cotangents(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> tuple[Any, Any]:
@@ -246,6 +247,7 @@ def the_step_has_the_slope_of_softplus(scan: Scan, arguments: Arrays, rng: np.ra
     expected = {**plain, "delta": wide(plain["delta"]) * sigmoid(raw_step(arguments)[0])}
     if "delta_bias" in got:
         expected["delta_bias"] = wide(got["delta"]).sum((0, 2))
+    allowed = {name: amplification(arguments) * x for name, x in allowed.items()}
     compare(scan, got, expected, allowed, arguments)
 
 
@@ -302,6 +304,8 @@ def gradients_are_smooth_where_a_rate_is_zero(scan: Scan, arguments: Arrays, rng
     near = {**arguments, "A": tiny, "discretization": "zoh"}
     at_zero, (dout, dlast) = {**near, "A": np.zeros_like(tiny)}, cotangents(scan, arguments, rng)
     allowed, time = gradient_tolerance(near, dout, dlast), 1 + float(step_size(near).sum(-1).max())
+    if time > 20:
+        raise Unsuited("the case has so long steps that no rate is small")
     bend = gradient_scale({**near, "A": np.ones_like(tiny)}, dout, dlast)
     allowed = {name: allowed[name] + 4 * float(np.abs(tiny).max()) * time * bend[name] for name in allowed}
     got, expected = scan.gradients(near, dout, dlast), scan.gradients(at_zero, dout, dlast)
@@ -362,13 +366,15 @@ def a_gradient_foretells_every_small_change(scan: Scan, arguments: Arrays, rng: 
     gradients = scan.gradients(arguments, dout, dlast)
     allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
     w = {n: normal(rng, x) * (np.abs(x) + 0.1 * np.abs(x).mean()) for n in gradients for x in (arguments[n],)}
+    fastest = float(np.max(np.abs(step_size(arguments)[:, :, None] * arguments["A"][..., None])))
+    step = DIFFERENCE / (1 + min(fastest, 30))
 
     def off(names: list[str]) -> tuple[float, float, float]:
         values = []
         for e in (1, -1, 2, -2):
-            out = scan({**arguments, **{name: arguments[name] + e * DIFFERENCE * w[name] for name in names}})
+            out = scan({**arguments, **{name: arguments[name] + e * step * w[name] for name in names}})
             values.append(dot(dout, out.y) + dot(dlast, out.last_state))
-        along = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * DIFFERENCE)
+        along = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * step)
         room = sum(dot(allowed[name], np.abs(w[name])) for name in names)
         return sum(dot(gradients[n], w[n]) for n in names), along, room
 

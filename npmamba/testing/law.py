@@ -142,6 +142,10 @@ class Broken(Exception):
         self.violation = Violation("", what, expected, got, error, arguments, where)
 
 
+class Unsuited(Exception):
+    """Raised inside a law that finds that it says nothing about a case, with the reason."""
+
+
 class Outcome(NamedTuple):
     """What came of a law on one case."""
 
@@ -214,7 +218,10 @@ class Law:
             return Outcome(None, reason, 0.0)
         scan = Scan(fn, capabilities)
         try:
-            self.body(scan, dict(arguments), rng)
+            with np.errstate(all="ignore"):
+                self.body(scan, dict(arguments), rng)
+        except Unsuited as unsuited:
+            return Outcome(None, str(unsuited), 0.0)
         except Broken as broken:
             violation = replace(broken.violation, law=self.name)
             return Outcome(violation, "", max(scan.worst, violation.error))
@@ -247,25 +254,30 @@ def is_given(arguments: dict[str, Any], name: str) -> bool:
 
 def tolerance(arguments: dict[str, Any]) -> Results:
     """Return how far y and the last state may be off: a number of roundings times eps times the scan's scale."""
-    dtype = arguments["u"].dtype
-    E_y, E_state = scan_scale(arguments)
-    k = ROUNDINGS[dtype.name] * float(ml_dtypes.finfo(dtype).eps)
-    return Results(k * E_y + _vanishing(dtype, E_y), k * E_state + _vanishing(dtype, E_state))
+    allowed = _allowed(arguments, 1, **dict(zip(("y", "last_state"), scan_scale(arguments), strict=True)))
+    return Results(**allowed)
 
 
 def gradient_tolerance(arguments: dict[str, Any], dout: Any, dlast_state: Any = None) -> dict[str, Any]:
     """Return how far each gradient may be off; B and C as every channel sees them."""
+    return _allowed(arguments, GRADIENT_ROUNDINGS, **gradient_scale(arguments, dout, dlast_state))
+
+
+def _allowed(arguments: dict[str, Any], times: int, **scales: Any) -> dict[str, Any]:
+    """Return tolerances for results of the given scales.
+
+    What numbers below the smallest normal one may lose is counted in products with the largest of the result.
+    """
     dtype = arguments["u"].dtype
-    k = GRADIENT_ROUNDINGS * ROUNDINGS[dtype.name] * float(ml_dtypes.finfo(dtype).eps)
-    scale = gradient_scale(arguments, dout, dlast_state)
-    return {name: k * E + _vanishing(dtype, E) for name, E in scale.items()}
-
-
-def _vanishing(dtype: Any, E: Any) -> float:
-    """Return what a number below the smallest normal one may lose, in products with the largest of this scan."""
-    wide = np.float64 if dtype == np.float64 else np.float32
-    largest = np.max(E, initial=1.0, where=np.isfinite(E))
-    return 16 * float(np.finfo(wide).tiny) * float(largest) + 8 * float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    short, wide = ml_dtypes.finfo(dtype), np.finfo(np.float64 if dtype == np.float64 else np.float32)
+    k, floor = times * ROUNDINGS[dtype.name] * float(short.eps), 8 * float(short.smallest_subnormal)
+    allowed = {}
+    for name, E in scales.items():
+        largest = float(np.max(E, initial=1.0))
+        if not largest < float(short.max) / 16:
+            raise Unsuited(f"the case has results that are no numbers in {dtype.name}, or too large")
+        allowed[name] = k * E + 16 * float(wide.tiny) * largest + floor
+    return allowed
 
 
 def _distance(got: Any, expected: Any, allowed: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 
 from npmamba.reference.functions import runs, silu
 from npmamba.testing.law import Results, Scan, tolerance
+from npmamba.testing.parts import step_size
 
 
 def two_steps(arguments: dict[str, Any]) -> str:
@@ -89,6 +90,15 @@ def wide(x: Any) -> Any:
 
 def gate_of(arguments: dict[str, Any]) -> Any:
     return 1.0 if arguments.get("z") is None else silu(wide(arguments["z"]))
+
+
+def amplification(arguments: dict[str, Any]) -> float:
+    """Return how much more than usual a rounded step or a long product of decays may change the result.
+
+    The error of e^x is |x| times that of x, and a product of many decays has an error of each.
+    """
+    time = np.abs(step_size(arguments)).sum(-1)
+    return 1 + float(np.max(time, initial=0) * np.abs(arguments["A"]).max()) / 32 + arguments["u"].shape[2] / 128
 
 
 def in_pieces(arguments: dict[str, Any], edges: list[int]) -> list[Any]:

@@ -37,6 +37,7 @@ def _terms(arguments: dict[str, Any]) -> dict[str, Any]:
         "reset": np.where(valid, np.where(start, 0, a), 1), "valid": valid, "B": np.where(valid, B, 0),
         "C": np.where(valid, C, 0), "u": np.where(valid[:, 0], np.abs(case["u"]), 0), "A": np.abs(case["A"]),
         "D": 0.0 if case.get("D") is None else np.abs(case["D"])[:, None], "gate": gate,
+        "x": exponent(Delta[:, :, None], case["A"][..., None]),
         "h0": 0.0 if case.get("initial_state") is None else np.abs(case["initial_state"]),
     }  # fmt: skip
 
@@ -111,7 +112,7 @@ def gradient_scale(arguments: dict[str, Any], dout: Any, dlast_state: Any = None
     weight, dA = inner, p * step
     if arguments.get("discretization") == "zoh":
         weight = inner * q["a"]
-        dA = dA + inner * step**2 * phi_derivative(exponent(step, -q["A"][..., None]))
+        dA = dA + inner * step**2 * phi_derivative(q["x"])
     ddelta = np.where(q["valid"][:, 0], (p * q["A"][..., None] + weight).sum(2) * q["slope"], 0)
     y = (q["C"] * after).sum(2) + q["D"] * q["u"]
     z = np.zeros_like(dy) if arguments.get("z") is None else as_float64(arguments["z"])
