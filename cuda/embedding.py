@@ -12,7 +12,7 @@ import numpy as np
 
 from npmamba.cuda.arrays import address, empty, library, zeros
 from npmamba.cuda.device import Data, Flags, Long, Size, Stride, cuda, load, shift, store
-from npmamba.cuda.embedding_backward import BACKWARD, CHUNK, CHUNKS, OFTEN, THREADS, WARPS
+from npmamba.cuda.embedding_backward import CHUNK, CHUNKS, FREQUENT, GROUP, ROWS, THREADS, WARPS
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.rows import inner_rows, lines, smaller, wide
 from npmamba.cuda.token_order import token_order
@@ -120,13 +120,16 @@ def backward(dout: Any, saved: Saved) -> tuple[Any]:
     parts = empty(dout, (ids.size // CHUNK, d_model), compute_dtype(dout.dtype))
     dweight = empty(dout, (vocab, d_model), dout.dtype)
     x = lines(dout)
-    aligned, inner, pieces = int(wide(x.array)), inner_rows(x), -(-d_model // (32 * width_of(dout.dtype)))
-    grid = (-(-ids.size // (CHUNK * WARPS)), pieces)
-    CHUNKS.launch(grid, dout.dtype, (*x, keys, tokens, begins, ends, parts, d_model, ids.size, inner, aligned))
-    arrays, sizes = (*x, keys, tokens, begins, ends, parts, dweight), (d_model, vocab, inner, aligned)
-    if vocab * pieces <= MANY:
-        BACKWARD.launch((vocab, pieces), dout.dtype, (*arrays, *sizes, 0), warps=WARPS)
-    else:
-        BACKWARD.launch((-(-vocab // WARPS), 1), dout.dtype, (*arrays, *sizes, 1), warps=1)
-        BACKWARD.launch((-(-ids.size // OFTEN), pieces), dout.dtype, (*arrays, *sizes, 1), warps=WARPS)
+    if inner_rows(x) != ids.size:
+        x = lines(library(dout).ascontiguousarray(dout))
+    rows = x.array, x.inner_stride if x.array.shape[1] > 1 else x.outer_stride
+    aligned, pieces = int(wide(x.array)), -(-d_model // (32 * width_of(dout.dtype)))
+    grid, arrays = (-(-ids.size // (CHUNK * WARPS)), pieces), (*rows, keys, tokens, begins, ends, parts)
+    CHUNKS.launch(grid, dout.dtype, (*arrays, d_model, ids.size, aligned))
+    every = vocab * pieces <= MANY
+    if not every:
+        of_rows = (*rows, tokens, begins, ends, dweight, d_model, vocab, aligned)
+        ROWS.launch((-(-vocab // WARPS),), dout.dtype, of_rows)
+    blocks = vocab if every else -(-ids.size // (CHUNK * GROUP))
+    FREQUENT.launch((blocks, pieces), dout.dtype, (*arrays, dweight, d_model, ids.size, vocab, aligned, int(every)))
     return (dweight,)

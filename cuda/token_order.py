@@ -67,7 +67,7 @@ def _count(real):
         keys: Long, counts: Data, n: Size, vocab: Size, tiles: Size, bins: Size, low: Size, mask: Size
     ):
         """Equation: counts[digit, tile] = number of tokens of the tile with that digit.
-        Threads: a block is a tile; thread i brings the i-th token's digit, and adds up the warps' counts of the digit i.
+        Threads: a block is a tile; thread i brings the i-th token's digit, and adds up the warps' counts of digit i.
         Owns: its cell of counts.
         Saved: nothing.
         """

@@ -98,18 +98,39 @@ def test_the_gradient_is_the_references(device_backend, dtype, sizes, many, seed
 
 
 @pytest.mark.parametrize("many", [twin.MANY, 0])
-@pytest.mark.parametrize("split", [(110,), (1, 100, 1), (31, 33, 32), (64, 63, 5), (10, 64, 3)])
+@pytest.mark.parametrize(
+    "split",
+    [(110,), (1, 100, 1), (31, 33, 32), (64, 63, 5), (10, 64, 3), (40, 70, 33, 66, 0, 130), (32, 32, 1, 63, 65)],
+)
 def test_ids_of_whole_chunks_and_of_parts_are_summed(device_backend, many, split):
-    """The sorted tokens of an id may begin and end anywhere between the chunks of 32."""
+    """The sorted tokens of an id may begin and end anywhere between the chunks of 32; a block may own several ids."""
     ids = np.random.default_rng(2).permutation(np.repeat(np.arange(len(split)), split))
     dout = np.random.default_rng(3).standard_normal((ids.size, 4)).astype(np.float32)
     found = gradient(device_backend, dout, ids, len(split), many=many, check=False)
     assert error(found, reference.backward(dout, ids, len(split))) <= 1e-6
 
 
-def test_wide_rows_are_divided_among_blocks(device_backend):
-    _, ids, dout = case(2, 200, (40,), 4, np.float64)
-    assert error(gradient(device_backend, dout, ids, 2, check=False), reference.backward(dout, ids, 2)) <= 1e-14
+@pytest.mark.parametrize("many", [twin.MANY, 0])
+@pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.bfloat16], ids=["float64", "bfloat16"])
+def test_wide_rows_are_divided_among_blocks_or_steps(device_backend, many, dtype):
+    for width in (200, 776):
+        _, ids, dout = case(2, width, (40 if width == 200 else 9,), 4, dtype)
+        found = gradient(device_backend, dout, ids, 2, many=many, check=False)
+        assert error(found, reference.backward(dout, ids, 2)) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("many", [twin.MANY, 0])
+def test_no_two_threads_write_what_others_read(device_backend, many):
+    ids = np.repeat(np.arange(4), (70, 3, 33, 0))
+    dout = np.random.default_rng(14).standard_normal((ids.size, 12)).astype(np.float32)
+    found = gradient(device_backend, dout, ids, 4, many=many, seed=3)
+    assert error(found, reference.backward(dout, ids, 4)) <= 1e-6
+
+
+def test_rows_of_dout_that_no_single_stride_walks_are_copied(device_backend):
+    _, ids, dout = case(5, 8, (3, 6), 15)
+    part = np.concatenate([dout, dout], 1)[:, :6]
+    assert same_bits(gradient(device_backend, part, ids, 5), gradient(device_backend, dout, ids, 5))
 
 
 @pytest.mark.gpu
