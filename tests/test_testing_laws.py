@@ -157,8 +157,8 @@ def test_a_violation_says_what_and_where_and_can_be_seen_again():
     assert violation is not None
     assert str(violation).startswith("the gate is the last factor: y is off, ")
     np.testing.assert_array_equal(wrong.forward(**violation.arguments)[0], violation.got)
-    where = np.unravel_index(np.argmax(np.abs(violation.got - violation.expected)), violation.got.shape)
-    assert f"expected {violation.expected[where]:.9g}" in str(violation)
+    place = violation.where
+    assert f"got {violation.got[place]:.9g} at {place}, expected {violation.expected[place]:.9g}" in str(violation)
     assert violation.error > 1e6
 
 
@@ -226,7 +226,18 @@ def test_what_a_scan_cannot_be_asked_is_skipped_and_said():
         "the case has zoh, which the scan does not know"
     )
     assert EVERY["a_beginning_is_a_scan"].why_skipped(plain(1), OURS) == "the case has fewer than two steps"
+    lost = {**plain(), "u": np.full((2, 4, 7), np.nan)}
+    assert EVERY["a_beginning_is_a_scan"].why_skipped(lost, OURS) == "the case has a u that is not finite"
+    large = {**plain(), "u": np.full((2, 4, 7), 1e308)}
+    outcome = EVERY["a_beginning_is_a_scan"].examine(selective_scan, large, np.random.default_rng(0), OURS)
+    assert outcome.skipped == "the case has results that are no numbers in float64, or too large"
     assert EVERY["a_short_type_is_the_long_one_rounded"].why_skipped(plain(), OURS)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2)])
+def test_laws_say_nothing_about_empty_arrays(sizes):
+    case = scan_case(np.random.default_rng(0), *sizes)
+    assert all(one.why_skipped(case, OURS) for one in EVERY.values())
 
 
 def test_a_scan_by_the_exact_rule_alone_need_not_say_so():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.testing.law import Broken, Results, Scan, law, tolerance
+from npmamba.testing.law import Broken, Results, Scan, law, same_dtype, tolerance
 from npmamba.testing.law_tools import (
     any_step,
     combined,
@@ -42,9 +42,9 @@ def a_call_leaves_its_arguments_as_they_are(scan: Scan, arguments: dict[str, Any
             raise Broken(f"the call changed {name}", x, arguments[name], np.inf, arguments)
         if any(r is not None and np.shares_memory(r, arguments[name]) for r in first):
             raise Broken(f"a result lies in the memory of {name}", None, None, np.inf, arguments)
-    for what, x, dtype in zip(("y", "last_state"), first, (arguments["u"].dtype, arguments["A"].dtype), strict=True):
-        if x is not None and x.dtype != dtype:
-            raise Broken(f"{what} has dtype {x.dtype}, not {dtype}", None, x, np.inf, arguments)
+    for what, x, like in zip(("y", "last_state"), first, ("u", "A"), strict=True):
+        if x is not None and same_dtype(x) != same_dtype(arguments[like]):
+            raise Broken(f"{what} has dtype {x.dtype}, not {arguments[like].dtype}", None, x, np.inf, arguments)
     compare(scan, scan(arguments), kept, arguments, bits=True)
     compare(scan, first, kept, arguments, bits=True)
 

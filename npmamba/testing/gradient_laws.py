@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from npmamba.reference.functions import sigmoid, silu, silu_derivative
-from npmamba.testing.law import Broken, Law, Scan, Unsuited, gradient_tolerance, law
+from npmamba.testing.law import Broken, Law, Scan, Unsuited, gradient_tolerance, law, same_dtype
 from npmamba.testing.law_tools import (
     after,
     amplification,
@@ -109,7 +109,7 @@ def gradients_have_the_shape_of_their_arguments(scan: Scan, arguments: Arrays, r
         if any(np.shares_memory(given, gradient) for gradient in gradients.values()):
             raise Broken(f"a gradient lies in the memory of {name}", None, None, np.inf, arguments)
     for name, gradient in gradients.items():
-        if gradient.dtype != arguments[name].dtype:
+        if same_dtype(gradient) != same_dtype(arguments[name]):
             what = f"the gradient of {name} has dtype {gradient.dtype}, not {arguments[name].dtype}"
             raise Broken(what, None, gradient, np.inf, arguments)
     allowed, zeros = of_maps(gradient_tolerance(arguments, dout, dlast), arguments), None

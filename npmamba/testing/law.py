@@ -175,6 +175,9 @@ class Law:
         for word in (arguments.get("discretization", "euler"), *(MAPS[np.ndim(arguments[n])] for n in "BC")):
             if not capabilities.can(word):
                 return f"the case has {word}, which the scan does not know"
+        for name in ARRAYS:
+            if arguments.get(name) is not None and not np.isfinite(arguments[name]).all():
+                return f"the case has a {name} that is not finite"
         return self.only(arguments)
 
     def check(
@@ -280,6 +283,15 @@ def _allowed(arguments: dict[str, Any], times: int, **scales: Any) -> dict[str, 
     return allowed
 
 
+def _native(x: Any) -> Any:
+    return np.asarray(x).astype(same_dtype(x), copy=False)
+
+
+def same_dtype(x: Any) -> np.dtype:
+    """Return the dtype of an array, in the byte order of this machine."""
+    return x.dtype.newbyteorder("=")
+
+
 def _distance(got: Any, expected: Any, allowed: Any) -> Any:
     """Return the differences in units of what is allowed; inf where just one is no finite number."""
     with np.errstate(all="ignore"):
@@ -353,5 +365,5 @@ class Scan:
     def same(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
         """Raise `Broken` if bits differ, where the scan promises bits; else like `close`."""
         self.close(what, got, expected, allowed, arguments)
-        if self.capabilities.same_bits and np.asarray(got).tobytes() != np.asarray(expected).tobytes():
+        if self.capabilities.same_bits and _native(got).tobytes() != _native(expected).tobytes():
             raise Broken(f"{what} has other bits", expected, got, self.worst, arguments)
