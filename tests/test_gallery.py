@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from right_scan import Right
 
 from npmamba.reference import selective_scan as reference
-from npmamba.testing.gradient_laws import GRADIENT_LAWS, gradient_tolerance, of_maps
-from npmamba.testing.law import tolerance
+from npmamba.testing.gradient_laws import GRADIENT_LAWS
+from npmamba.testing.gradient_tools import of_maps
+from npmamba.testing.law import gradient_tolerance, tolerance
 from npmamba.testing.laws import LAWS, Capabilities
 
 EXAMPLES = 200

@@ -15,7 +15,8 @@ from test_gallery import SPECS, capabilities_of, one_number_of_groups
 from npmamba import selective_scan, selective_scan_backward, selective_state_update
 from npmamba.reference import selective_scan as reference
 from npmamba.testing import parts
-from npmamba.testing.gradient_laws import GRADIENT_LAWS, of_maps
+from npmamba.testing.gradient_laws import GRADIENT_LAWS
+from npmamba.testing.gradient_tools import of_maps
 from npmamba.testing.law import Broken, Law, law, tolerance
 from npmamba.testing.laws import LAWS, Capabilities
 from npmamba.testing.scales import gradient_scale, scan_scale

@@ -7,11 +7,20 @@ For given cotangents, dout of y and dlast of the last state, the backward return
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from npmamba.reference.functions import sigmoid, silu, silu_derivative
+from npmamba.testing.gradient_tools import (
+    Arrays,
+    compare,
+    cotangents,
+    dot,
+    elsewhere,
+    longer,
+    of_maps,
+    summed_map,
+    timed,
+)
 from npmamba.testing.law import Broken, Law, Scan, Unsuited, gradient_tolerance, law, same_dtype
 from npmamba.testing.law_tools import (
     after,
@@ -25,13 +34,11 @@ from npmamba.testing.law_tools import (
     normal,
     not_float64,
     some_edges,
-    strided,
     two_rows,
     two_steps,
     wide,
 )
 from npmamba.testing.parts import (
-    TIMED,
     backwards,
     is_timed,
     raw_step,
@@ -43,54 +50,7 @@ from npmamba.testing.parts import (
 )
 from npmamba.testing.scales import gradient_scale
 
-Arrays = dict[str, Any]
-SUMMED = ("A", "D", "delta_bias")  # over batch and time; B and C too where they are constant
 DIFFERENCE = 1e-4  # step of the differences, as a part of each array's values; shorter where decays are fast
-
-
-def cotangents(scan: Scan, arguments: Arrays, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Draw dout and, if the scan returns a last state, dlast_state."""
-    shape = (arguments["u"].shape[0], *arguments["A"].shape)
-    dout = normal(rng, arguments["u"])
-    return dout, normal(rng, arguments["A"], shape) if scan.can("last_state") else None
-
-
-def of_maps(allowed: Arrays, arguments: Arrays) -> Arrays:
-    """Return tolerances with those of B and C added up to the shapes that these have."""
-    return {**allowed, **{name: summed_map(allowed[name], arguments[name]) for name in ("B", "C")}}
-
-
-def summed_map(dM: Any, M: Any) -> Any:
-    """Add the gradient of a map of every channel (batch, dim, dstate, seqlen) up to that of B or C as it was given."""
-    if M.ndim == 2:
-        return dM.sum((0, 3))
-    if M.ndim == 3:
-        return dM.sum(1)
-    batch, groups, dstate, seqlen = M.shape
-    return dM.reshape(batch, groups, -1, dstate, seqlen).sum(2)
-
-
-def timed(arguments: Arrays) -> list[str]:
-    return [name for name in TIMED if is_timed(arguments, name)]
-
-
-def compare(scan: Scan, got: Arrays, expected: Arrays, allowed: Arrays, arguments: Arrays, **how: Any) -> None:
-    """Compare gradients by name, all of `expected`; `how` may have `bits`, names of which the bits are promised."""
-    for name in expected:
-        test = scan.same if name in how.get("bits", ()) else scan.close
-        test(f"the gradient of {name}", got[name], expected[name], allowed[name], arguments)
-
-
-def dot(x: Any, y: Any) -> float:
-    return 0.0 if x is None or y is None else float(np.sum(wide(x) * wide(y)))
-
-
-def _long(x: Any) -> Any:
-    return x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
-
-
-def _elsewhere(x: Any, rng: np.random.Generator) -> Any:
-    return (strided, negative)[rng.integers(2)](x) if isinstance(x, np.ndarray) else x
 
 
 @law("backward", only=any_step)
@@ -114,7 +74,7 @@ def gradients_have_the_shape_of_their_arguments(scan: Scan, arguments: Arrays, r
             raise Broken(what, None, gradient, np.inf, arguments)
     allowed, zeros = of_maps(gradient_tolerance(arguments, dout, dlast), arguments), None
     if scan.can("strides"):
-        laid = {name: _elsewhere(x, rng) for name, x in arguments.items()}
+        laid = {name: elsewhere(x, rng) for name, x in arguments.items()}
         compare(scan, scan.gradients(laid, negative(dout), dlast), gradients, allowed, laid, bits=gradients)
     if dlast is not None:
         zeros = scan.gradients(arguments, dout, np.zeros_like(dlast))
@@ -338,7 +298,7 @@ def short_gradients_are_the_long_ones_rounded(scan: Scan, arguments: Arrays, rng
     the size of the terms that they add up. (A difference of equal numbers over a small one, as in the slope of
     (exp(x) - 1) / x near 0, is off by far more.)"""
     dout, dlast = cotangents(scan, arguments, rng)
-    expected = scan.gradients({name: _long(x) for name, x in arguments.items()}, _long(dout), _long(dlast))
+    expected = scan.gradients({name: longer(x) for name, x in arguments.items()}, longer(dout), longer(dlast))
     allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
     compare(scan, scan.gradients(arguments, dout, dlast), expected, allowed, arguments)
 
@@ -361,7 +321,7 @@ def a_gradient_foretells_every_small_change(scan: Scan, arguments: Arrays, rng: 
     """L(x + e w) - L(x) = e <gradient, w> + O(e^2) for every direction w. The derivative along w is taken by a
     difference of fourth order, (8 (L(e) - L(-e)) - (L(2e) - L(-2e))) / 12e, with all arguments moving at once, in
     float64."""
-    arguments = drawn(scan, {n: _long(x) for n, x in arguments.items()}, rng, "D", "z", "initial_state")
+    arguments = drawn(scan, {n: longer(x) for n, x in arguments.items()}, rng, "D", "z", "initial_state")
     dout, dlast = cotangents(scan, arguments, rng)
     gradients = scan.gradients(arguments, dout, dlast)
     allowed = of_maps(gradient_tolerance(arguments, dout, dlast), arguments)
