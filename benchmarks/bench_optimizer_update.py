@@ -114,12 +114,13 @@ def main(asked: argparse.Namespace) -> None:
             host = host_milliseconds(call, xp.cuda.Device().synchronize if asked.gpu else lambda: None)
             ms = kernel_milliseconds(call) if asked.gpu else 1e3 * harness.best(call)
             limit = 1e3 * size * config.parameter_count() / bandwidth
-            rows.append((f"{model}, {name}", f"{ms:.3f}", f"{limit:.3f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}"))
             moved = size * config.parameter_count()
+            shown = f"{moved / 1e6:.1f}", f"{ms:.3f}", f"{limit:.3f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}"
+            rows.append((f"{model}, {name}", *shown))
             report.add(model=model, operation=name, bytes=moved, ms=ms, limit_ms=limit, share=limit / ms, host_ms=host)
             if asked.gpu and model == "130m":
                 goals.append((f"{name}, share of the copy bandwidth", limit / ms))
-    harness.table(("", "ms", "limit", "share", "host ms"), rows)
+    harness.table(("", "MB", "ms", "limit", "share", "host ms"), rows)
     report.add(bandwidth=bandwidth, goals=[harness.goal(name, share, GOAL) for name, share in goals])
     report.save(asked.json)
 

@@ -106,12 +106,13 @@ def on_gpu(asked: argparse.Namespace) -> None:
                 ms, host = gpu_graph.kernel_milliseconds(calls), gpu_graph.host_milliseconds(calls[0])
                 limit = 1e3 * size / bandwidth
                 told = {"batch": batch, "dtype": dtype, "memory": memory}
-                report.add(**told, ms=ms, limit_ms=limit, share=limit / ms, host_ms=host)
+                report.add(**told, bytes=size, ms=ms, limit_ms=limit, share=limit / ms, host_ms=host)
                 what = f"batch {batch}, {dtype}, {memory}"
-                rows.append((what, f"{ms:.4f}", f"{limit:.4f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}"))
+                shown = f"{size / 1e6:.1f}", f"{ms:.4f}", f"{limit:.4f}", f"{100 * limit / ms:.0f} %", f"{host:.3f}"
+                rows.append((what, *shown))
                 if batch >= 128:
                     goals.append((what, limit / ms))
-    harness.table(("", "ms", "limit", "share", "host ms"), rows)
+    harness.table(("", "MB", "ms", "limit", "share", "host ms"), rows)
     report.add(goals=[harness.goal(name, share, GOAL) for name, share in goals])
     report.save(asked.json)
 

@@ -1,7 +1,7 @@
 """CUDA twin of `npmamba.ops.selective_state_update`: one step of the selective scan, in place.
 
-A channel's states are shared by neighbouring lanes of a warp, four or eight to each: 16 bytes of float32 are an access.
-All that a lane needs is on its way before it computes anything, for a step of one token is mostly waiting. The state
+A channel's states are shared by neighbouring lanes of a warp, four to sixteen to each; an access is 16 bytes of
+float32. All that a lane needs is on its way before it computes anything, for a step of one token is mostly waiting. The state
 may lie in memory in any way; where the states of a channel lie side by side, four of them are one access.
 """
 
@@ -20,17 +20,24 @@ from npmamba.shapes import compute_dtype
 
 uint32, int64 = np.uint32, np.int64
 _THREADS = 128
-_FEW = 2**17
-"""Numbers of state below which four are enough for a lane: then there are more lanes."""
+_FEW, _MANY = 2**17, 2**21
+"""Numbers of state below which four are enough for a lane: then there are more lanes. And from which a lane has sixteen
+where channels lie side by side: what a channel needs once is computed once, and a warp reads 32 channels at a time."""
+_SUMMED = 8
+"""States of a lane that are summed one after another; sixteen are added up as two lanes of eight would be."""
 _SOFTPLUS, _ZOH, _SKIP, _GATE, _BIAS = 1, 2, 4, 8, 16
 """Bits of `options`."""
-_APART, _STATES, _ALL = 0, 1, 2
-"""Whose four neighbours are one access: nobody's, those of states and rates, those of B and C as well."""
+_APART, _STATES, _ALL, _CHANNELS = 0, 1, 2, 3
+"""Whose four neighbours are one access: nobody's, those of states and rates, those of B and C as well, or those of all
+but the states, as where channels lie side by side: there neighbouring threads read neighbouring numbers."""
 _LOG2E = 1.4426950408889634
 
 
-def _make_access(real: Any, states: int, together: bool) -> tuple[Any, Any]:
-    """Build the load of a lane's numbers from the n-th on, zeros behind the last one, and their store."""
+def _make_access(real: Any, states: int, together: bool, fours: bool = False) -> tuple[Any, Any]:
+    """Build the load of a lane's numbers from the n-th on, zeros behind the last one, and their store.
+
+    With `fours` their number is a multiple of four, so that one comparison and one product serve four of them.
+    """
     number = real.type
 
     def load_states(p, stride, n, dstate, values):
@@ -42,6 +49,12 @@ def _make_access(real: Any, states: int, together: bool) -> tuple[Any, Any]:
                     four = load4(p, uint32(n + uint32(i)))
                     for j in range(4):
                         values[i + j] = four[j]
+            elif fours:
+                if uint32(n + uint32(i)) < dstate:
+                    q = shift(p, int64(uint32(n + uint32(i))) * stride)
+                    for j in range(i, i + 4):
+                        values[j] = load(q, uint32(0))
+                        q = shift(q, stride)
             else:
                 for j in range(i, i + 4):
                     if uint32(n + uint32(j)) < dstate:
@@ -52,6 +65,12 @@ def _make_access(real: Any, states: int, together: bool) -> tuple[Any, Any]:
             if together:
                 if uint32(n + uint32(i)) < dstate:
                     store4(p, uint32(n + uint32(i)), (values[i], values[i + 1], values[i + 2], values[i + 3]))
+            elif fours:
+                if uint32(n + uint32(i)) < dstate:
+                    q = shift(p, int64(uint32(n + uint32(i))) * stride)
+                    for j in range(i, i + 4):
+                        store(q, uint32(0), values[j])
+                        q = shift(q, stride)
             else:
                 for j in range(i, i + 4):
                     if uint32(n + uint32(j)) < dstate:
@@ -61,14 +80,14 @@ def _make_access(real: Any, states: int, together: bool) -> tuple[Any, Any]:
 
 
 def _make_advance(real: Any, states: int) -> Any:
-    lowest = float(np.finfo(real).min)
+    lowest, together = float(np.finfo(real).min), min(states, _SUMMED)
 
-    def advance(h, a, B, C, step, source, options, y):
+    def advance(h, a, B, C, step, source, options, y, first):
         """h = exp(step A) h + f B x, where `source` is step x; y + C h. Minus infinity times a step of 0 is 0."""
         if options & uint32(_ZOH):
-            for i in range(states):
+            for i in range(first, first + together):
                 B[i] *= phi(step * select(a[i] < cast(lowest, step), cast(lowest, step), a[i]))
-        for i in range(states):
+        for i in range(first, first + together):
             rate = a[i] * cast(_LOG2E, step)
             rate = select(rate < cast(lowest, step), cast(lowest, step), rate)
             h[i] = state_step(exp2(step * rate), h[i], source * B[i])
@@ -80,8 +99,9 @@ def _make_advance(real: Any, states: int) -> Any:
 
 def _step(real, states, together):
     advance, number = _make_advance(real, states), real.type
-    load_states, store_states = _make_access(real, states, together != _APART)
-    load_maps, _ = _make_access(real, states, together == _ALL)
+    load_states, store_states = _make_access(real, states, together in (_STATES, _ALL), together == _CHANNELS)
+    load_rates, _ = _make_access(real, states, together != _APART)
+    load_maps, _ = _make_access(real, states, together in (_ALL, _CHANNELS))
 
     def selective_state_update(
         state: Wide, x: Data, dt: Data, A: Wide, B: Data, C: Data, D: Wide, z: Data, bias: Wide, y: Data,
@@ -101,7 +121,7 @@ def _step(real, states, together):
         lanes = uint32(uint32(1) << lane_bits)
         first = uint32(uint32(block - row * blocks) * (uint32(_THREADS) >> lane_bits))
         d, lane = uint32(first + (thread >> lane_bits)), uint32(thread & (lanes - uint32(1)))
-        out, u, gate, skip = number(0), number(0), number(0), number(0)
+        out, other, u, gate, skip = number(0), number(0), number(0), number(0), number(0)
         if d < dim:
             h_at = shift(state, int64(row) * state_batch + int64(d) * state_dim)
             a_at = shift(A, int64(d) * int64(dstate))
@@ -119,15 +139,19 @@ def _step(real, states, together):
                 skip = load(D, d) if options & uint32(_SKIP) else number(0)
                 gate = load(shift(z, int64(row) * z_batch), d) if options & uint32(_GATE) else number(0)
                 load_states(h_at, state_n, n, dstate, h)
-                load_states(a_at, int64(1), n, dstate, a)
+                load_rates(a_at, int64(1), n, dstate, a)
                 load_maps(B_at, B_n, n, dstate, b)
                 load_maps(C_at, C_n, n, dstate, c)
                 delta = step + more if options & uint32(_BIAS) else step
                 if options & uint32(_SOFTPLUS):
                     delta = softplus(delta)
-                out = advance(h, a, b, c, delta, delta * u, options, out)
+                out = advance(h, a, b, c, delta, delta * u, options, out, 0)
+                if states > _SUMMED:
+                    other = advance(h, a, b, c, delta, delta * u, options, other, _SUMMED)
                 store_states(h_at, state_n, n, dstate, h)
                 n = uint32(n + uint32(lanes * uint32(states)))
+        if states > _SUMMED:
+            out += other
         distance = uint32(1)
         while distance < lanes:
             out += cuda.shfl_xor_sync(-1, out, distance)
@@ -139,7 +163,16 @@ def _step(real, states, together):
     return selective_state_update
 
 
-_STEP = Kernel(_step, threads=_THREADS, shipped={"states": (4, 8), "together": (_APART, _STATES, _ALL)})
+def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
+    groups = [{"states": (4, 8), "together": (_APART, _STATES, _ALL, _CHANNELS)}]
+    return groups if dtype == np.float64 else [*groups, {"states": 16, "together": _CHANNELS}]
+
+
+def _blocks(states: int, together: int) -> int:
+    return 4 if states > _SUMMED else 1
+
+
+_STEP = Kernel(_step, threads=_THREADS, blocks=_blocks, shipped=_shipped)
 
 
 def _map(M: Any, batch: int, dim: int) -> tuple[Any, tuple[int, ...], int]:
@@ -156,6 +189,13 @@ def _together(M: Any) -> bool:
     unit = min(16, 4 * M.itemsize)
     steps = [s for n, s in zip(M.shape[:-1], M.strides[:-1], strict=True) if n > 1]
     return M.strides[-1] == M.itemsize and not (address(M) % unit or M.shape[-1] % 4 or any(s % unit for s in steps))
+
+
+def _which_together(h: Any, A: Any, B: Any, C: Any) -> int:
+    states, maps = _together(h), _together(B) and _together(C)
+    if not _together(A) or not (states or maps):
+        return _APART
+    return (_ALL if maps else _STATES) if states else _CHANNELS
 
 
 def _row(x: Any, dtype: Any) -> Any:
@@ -190,8 +230,10 @@ def forward(
     (B, B_strides, B_share), (C, C_strides, C_share) = (_map(native(M, y.dtype), batch, dim) for M in (B, C))
     present = ((_SKIP, D is not None), (_GATE, z is not None), (_BIAS, bias is not None), (_SOFTPLUS, dt_softplus))
     options = sum(bit for bit, on in present if on) + _ZOH * (discretization == "zoh")
-    together = _APART if not (_together(h) and _together(A)) else _ALL if _together(B) and _together(C) else _STATES
+    together = _which_together(h, A, B, C)
     states = 4 if h.size < _FEW else 8
+    if together == _CHANNELS and h.size >= _MANY and _SUMMED < dstate <= 32 * _SUMMED and real == np.float32:
+        states = 16
     lane_bits = min(5, (-(-dstate // states) - 1).bit_length())
     blocks = -(-dim // (_THREADS >> lane_bits))
     along = (*strides(h), *(0 if q is None else strides(q)[0] for q in (x, dt, z)), *B_strides, *C_strides)

@@ -106,6 +106,20 @@ def test_any_memory_gives_the_same_bits(device_backend, name, C):
             assert same_bits((y, new.astype(np.float32)), expected), layout
 
 
+@pytest.mark.parametrize("dstate", [12, 16, 20, 64])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_large_states_have_the_same_bits_with_channels_side_by_side(device_backend, monkeypatch, dstate, dtype):
+    """There a lane has sixteen states instead of eight."""
+    monkeypatch.setattr(twin, "_FEW", 0)
+    monkeypatch.setattr(twin, "_MANY", 0)
+    state, step = drawn(3, 3, 37, dstate, dtype, **ON)
+    y, new = update(device_backend, np.ascontiguousarray(state), step)
+    channels = np.ascontiguousarray(state.swapaxes(1, 2)).swapaxes(1, 2)
+    found_y, found = update(device_backend, channels, step)
+    assert same_bits(found_y, y)
+    assert same_bits(np.ascontiguousarray(found), np.ascontiguousarray(new))
+
+
 def test_a_view_with_gaps_is_changed_and_nothing_between(device_backend):
     state, step = drawn(4, 2, 5, 4, np.float32, **ON)
     wide = np.full((2, 5, 9), 7, np.float32)
