@@ -1,8 +1,8 @@
 """CUDA twin of `npmamba.ops.selective_state_update`: one step of the selective scan, in place.
 
 A channel's states are shared by neighbouring lanes of a warp, four to sixteen to each; an access is 16 bytes of
-float32. All that a lane needs is on its way before it computes anything, for a step of one token is mostly waiting. The state
-may lie in memory in any way; where the states of a channel lie side by side, four of them are one access.
+float32. All that a lane needs is on its way before it computes anything, for a step of one token is mostly waiting. The
+state may lie in memory in any way; where the states of a channel lie side by side, four of them are one access.
 """
 
 from __future__ import annotations
