@@ -74,20 +74,20 @@ def _chosen(column: Sequence[Any], members: list[int]) -> Sequence[Any]:
     return column if len(members) == len(column) else [column[i] for i in members]
 
 
-def _ready(column: Sequence[Any], members: list[int], dtype: Any) -> tuple[list[Any], list[int]]:
-    """Return the members of a column in `dtype`, C-ordered and aligned, the same arrays if they are so; and addresses.
+def _ready(column: Sequence[Any], members: list[int], dtype: Any, addresses: np.ndarray) -> list[Any]:
+    """Return the members of a column in `dtype`, C-ordered and aligned: themselves if they are so. Fill `addresses`.
 
     A call costs what this does for each array, so it asks for as little as it can.
     """
-    contiguous, arrays = library(column[0]).ascontiguousarray, _chosen(column, members)
+    arrays = _chosen(column, members)
     if {x.dtype for x in arrays} != {dtype}:
         arrays = [x.astype(dtype, copy=False) for x in arrays]
-    arrays = [contiguous(x) for x in arrays]
-    addresses = _addresses(arrays)
-    if any([at & 15 for at in addresses]):
-        arrays = [x.copy() if at & 15 else x for x, at in zip(arrays, addresses, strict=True)]
-        addresses = _addresses(arrays)
-    return arrays, addresses
+    arrays = list(map(library(arrays[0]).ascontiguousarray, arrays))
+    addresses[:] = _addresses(arrays)
+    if (addresses & 15).any():
+        arrays = [x.copy() if at & 15 else x for x, at in zip(arrays, addresses.tolist(), strict=True)]
+        addresses[:] = _addresses(arrays)
+    return arrays
 
 
 def _addresses(arrays: list[Any]) -> list[int]:
@@ -159,12 +159,10 @@ def _update(
     dtype, members, places, starts, total = group
     wide, params = compute_dtype(dtype), columns[0]
     kinds = (dtype, dtype, wide, wide)
-    ready = [_ready(column, members, kind) for column, kind in zip(columns, kinds, strict=True)]
     table = np.empty((7, len(members)), np.int64)
-    for row, (_, addresses) in zip(table, ready, strict=False):
-        row[:] = addresses
+    ready = [_ready(column, members, kind, row) for column, kind, row in zip(columns, kinds, table, strict=False)]
     if donate:
-        results = tuple([_given(columns[k], members, ready[k][0]) for k in (0, 2, 3)])
+        results = tuple([_given(columns[k], members, ready[k]) for k in (0, 2, 3)])
         table[4:] = table[[0, 2, 3]]
     else:
         shapes = [params[i].shape for i in members]
@@ -172,10 +170,10 @@ def _update(
         results = tuple([_slices(flat, starts.tolist(), shapes) for flat in flats])
         for row, flat in zip(table[4:], flats, strict=True):
             row[:] = starts * flat.itemsize + address(flat)
-    like, clipped = ready[0][0][0], type(grad_scale) is type(params[0])
+    like, clipped = ready[0][0], type(grad_scale) is type(params[0])
     factor, scale = (grad_scale.astype(np.float64, copy=False), 1.0) if clipped else (None, float(grad_scale))
     tables = places, library(like).asarray(table), len(members)
-    arguments = (*tables, like, ready[2][0][0], factor, int(clipped), scale, *numbers)
+    arguments = (*tables, like, ready[2][0], factor, int(clipped), scale, *numbers)
     ADAMW.launch((len(places),), dtype, arguments)
     return results
 
@@ -198,9 +196,9 @@ def global_norm(arrays: Sequence[Any], max_norm: float = math.inf) -> tuple[Any,
     groups = _groups_of(arrays, [x.dtype for x in arrays], (False,) * len(arrays))
     parts, done = empty(arrays[0], (sum(len(group.places) for group in groups),), np.float64), 0
     for dtype, members, places, _, _ in groups:
-        ready, addresses = _ready(arrays, members, dtype)
-        table = library(parts).asarray(np.array(addresses, np.int64))
-        SQUARES.launch((len(places),), dtype, (places, table, ready[0], parts[done:]))
+        addresses = np.empty(len(members), np.int64)
+        ready = _ready(arrays, members, dtype, addresses)
+        SQUARES.launch((len(places),), dtype, (places, library(parts).asarray(addresses), ready[0], parts[done:]))
         done += len(places)
     found = empty(arrays[0], (2,), np.float64)
     NORM.launch((1,), found.dtype, (parts, done, max_norm, found))
