@@ -248,7 +248,8 @@ def _check(
 ) -> None:
     arrays = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, dout, dlast_state)
     call = _KNOWN.call(op, arrays, (delta_softplus, discretization, reverse, precise))
-    if call in _KNOWN and isinstance(u, np.ndarray):
+    known = call in _KNOWN
+    if known and isinstance(u, np.ndarray):
         return
     steps = {"u": u, "delta": delta, "z": z, "dout": dout}
     maps = {"B": B, "C": C}
@@ -261,6 +262,8 @@ def _check(
         if x is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got None")
     array_module(op, **steps, A=A, **maps, **channels, **states, seq_idx=seq_idx)
+    if known:  # shapes and dtypes; where CuPy's arrays are had to be asked again
+        return
     check = Arguments(op)
     _check_shapes(check, {**steps, "A": A}, maps, channels, states, seq_idx)
     _check_dtypes(check, u, {**steps, **maps}, {"A": A, **channels, **states})
