@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +12,6 @@ ALIGNMENT = 16
 
 class NotReplayable(Exception):
     """The host code asked a stand-in for what only an array has, such as its numbers or a copy."""
-
-
-class Library(Protocol):
-    """What stands in for the module ``cupy``."""
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> StandIn: ...
-
-    def ascontiguousarray(self, x: StandIn) -> StandIn: ...
-
-    def launch(self, kernel: Any, grid: Any, dtype: Any, arguments: Any, shared: int, constants: Any) -> None: ...
 
 
 class _Span:
@@ -44,7 +34,7 @@ class StandIn:
 
     Parameters
     ----------
-    library : Library
+    library : npmamba.cuda.replay.Trace
         Where the host code finds `empty` and the like.
     source : int
         Number of the argument or allocation whose memory this is.
@@ -100,9 +90,6 @@ class StandIn:
 
     def swapaxes(self, first: int, second: int) -> StandIn:
         return self._with(self._view.swapaxes(first, second))
-
-    def transpose(self, *axes: Any) -> StandIn:
-        return self._with(self._view.transpose(*axes))
 
     def reshape(self, *shape: Any) -> StandIn:
         if not self._view.flags.c_contiguous:  # NumPy might have to copy
