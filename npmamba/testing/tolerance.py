@@ -18,6 +18,7 @@ from npmamba.reference.selective_scan import SelectiveScanGradients
 from npmamba.testing import propagation
 from npmamba.testing.oracles import update_as_scan
 from npmamba.testing.rounding import Rounded, gate_of
+from npmamba.testing.scales import scan_scale as scan_scale
 from npmamba.testing.sequences import ConvSequence, complete_conv, conv_by
 from npmamba.testing.values import finfo, parameter_dtype
 
@@ -57,29 +58,6 @@ def _tolerance(x: Any, compute: np.dtype, dtype: Any) -> Any:
     format_ = np.finfo(compute)
     floor = 2.0**20 * float(format_.tiny)  # products that underflow on their way
     return Tolerance(K[compute.name] * float(format_.eps) * x.error + floor, np.dtype(dtype).newbyteorder("="))
-
-
-def scan_scale(arguments: dict[str, Any]) -> tuple[Array, Array]:
-    """Return the same scan of absolute values: what the terms of each result add up to before they cancel.
-
-    Parameters
-    ----------
-    arguments : dict
-        Keyword arguments of ``selective_scan``.
-
-    Returns
-    -------
-    E_y : (batch, dim, seqlen) float64
-    E_state : (batch, dim, dstate) float64
-
-    Examples
-    --------
-    >>> one = np.ones((1, 1, 2))
-    >>> scan_scale(dict(u=[1.0, -1.0] * one, delta=one, A=0 * one[0, :, :1], B=one, C=one))
-    (array([[[1., 2.]]]), array([[[2.]]]))
-    """
-    y, last_state = propagation.forward(arguments)
-    return y.size, last_state.size
 
 
 def gradient_scale(dout: Array, arguments: dict[str, Any], dlast_state: Array = None) -> SelectiveScanGradients:
