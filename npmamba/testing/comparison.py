@@ -82,6 +82,16 @@ def _units(found: Array, expected: Array, allowed: Array, largest: float) -> Arr
     return np.where(overflow | same, 0.0, units)
 
 
+def takes(fn: Callable[..., Any], name: str) -> bool:
+    """Tell whether a function has a parameter of this name, or takes any keyword.
+
+    >>> takes(lambda u, z=None: u, "z"), takes(lambda u: u, "z"), takes(lambda u, **rest: u, "z")
+    (True, False, True)
+    """
+    parameters = inspect.signature(fn).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def outputs(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Array, ...]:
     """Call a function with the arguments that are not at their defaults, and return its results.
 
@@ -103,8 +113,9 @@ def outputs(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Array, .
     (array([2., 2.]),)
     """
     asked = {name: copied(x) if name == "state" else x for name, x in given(arguments).items()}
-    parameters = inspect.signature(fn).parameters if callable(fn) else {}
-    result = fn(**asked, **({"return_last_state": True} if "return_last_state" in parameters else {}))
+    if "return_last_state" in inspect.signature(fn).parameters:
+        asked["return_last_state"] = True
+    result = fn(**asked)
     if isinstance(result, (tuple, list)):
         return tuple(result)
     return (result, asked["state"]) if "state" in asked else (result,)

@@ -8,7 +8,6 @@ that hold for every scan (`npmamba.testing.laws`). `check_conv1d` and `check_sta
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ except ImportError:
 from npmamba.reference import causal_conv1d, selective_scan
 from npmamba.testing import strategies, tolerance
 from npmamba.testing.cases import ConvCase, ScanCase, UpdateCase, given
-from npmamba.testing.comparison import Difference, compare, difference, outputs
+from npmamba.testing.comparison import Difference, compare, difference, outputs, takes
 from npmamba.testing.gradient_laws import GRADIENT_LAWS
 from npmamba.testing.law import MAPS, Broken, Scan
 from npmamba.testing.laws import LAWS, Capabilities
@@ -181,12 +180,12 @@ def check_scan(
     the step is the softplus of delta plus bias
     """
     if capabilities is None:
-        capabilities = Capabilities.of(fn)
-        capabilities = _with(capabilities, last_state=_has_last_state(fn))
-    capabilities = _with(capabilities, backward=backward or capabilities.backward, step=step or capabilities.step)
-    if discretization is not None:
-        capabilities = _with(capabilities, rules=(discretization,))
-    capabilities = _with(capabilities, maps=_maps(capabilities, restrictions), nonfinite=nonfinite)
+        capabilities = Capabilities.of(fn, last_state=_has_last_state(fn))
+    capabilities = replace(
+        capabilities, backward=backward or capabilities.backward, step=step or capabilities.step, nonfinite=nonfinite,
+        rules=capabilities.rules if discretization is None else (discretization,),
+        maps=_maps(capabilities, restrictions),
+    )  # fmt: skip
     cases = strategies.scan_cases(**_askable(capabilities) | restrictions)
     scan, laws = Scan(fn, capabilities), (*LAWS, *(GRADIENT_LAWS if capabilities.backward else ()))
 
@@ -226,20 +225,23 @@ def check_conv1d(
     >>> check_conv1d(npmamba.causal_conv1d, max_examples=10, seed=0, max_size=300).examples
     10
     """
-    taken = _keywords(fn)
     off: dict[str, Any] = {"bias": False, "activation": None, "initial_state": False, "seq_idx": None, "reverse": False}
-    cases = strategies.conv_cases(**{name: value for name, value in off.items() if name not in taken} | restrictions)
+    cases = strategies.conv_cases(**_untaken(fn, off) | restrictions)
+
+    asked = {"return_last_state": takes(fn, "return_last_state")}
 
     def examine(case: ConvCase, report: Report) -> None:
         arguments = case.arguments(dtype)
-        found = _called(fn, arguments, taken, case)
+        with _raising(case):
+            found = outputs(fn, arguments | asked)
         for one in compare(found, exact_conv(arguments), tolerance.conv_tolerance(arguments)):
             _judge(one, case, report)
         if backward is not None:
             dout, dlast_state = case.cotangents(dtype)
             expected = causal_conv1d.backward(dout, **arguments, dlast_state=dlast_state)
             allowed = tolerance.conv_gradient_tolerance(dout, arguments, dlast_state)
-            got = _called(backward, {"dout": dout, **arguments, "dlast_state": dlast_state}, None, case)
+            with _raising(case):
+                got = backward(dout=dout, **given(arguments), dlast_state=dlast_state)
             _judge_all(got, expected, allowed, case, report)
 
     return _search("causal_conv1d", examine, cases, dtype, max_examples, seed, target)
@@ -260,9 +262,8 @@ def check_state_update(
     >>> check_state_update(npmamba.selective_state_update, max_examples=10, seed=0, max_size=300).examples
     10
     """
-    taken = _keywords(fn)
     off: dict[str, Any] = {"D": False, "z": False, "dt_bias": False, "dt_softplus": False, "discretization": "euler"}
-    cases = strategies.update_cases(**{name: value for name, value in off.items() if name not in taken} | restrictions)
+    cases = strategies.update_cases(**_untaken(fn, off) | restrictions)
 
     def examine(case: UpdateCase, report: Report) -> None:
         arguments = case.arguments(dtype)
@@ -343,21 +344,15 @@ def _judge_gradients(scan: Scan, case: ScanCase, dtype: Any, report: Report) -> 
 # --- what a kernel can be asked ---
 
 
-def _keywords(fn: Callable[..., Any]) -> frozenset[str]:
-    names = inspect.signature(fn).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return frozenset({"bias", "activation", "initial_state", "seq_idx", "reverse", "return_last_state"})
-    return frozenset(names)
-
-
-def _with(capabilities: Capabilities, **changes: Any) -> Capabilities:
-    return replace(capabilities, **changes)
+def _untaken(fn: Callable[..., Any], off: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, at their defaults, that a function does not take."""
+    return {name: value for name, value in off.items() if not takes(fn, name)}
 
 
 def _has_last_state(fn: Callable[..., Any]) -> bool:
     """Tell whether a scan returns its last state, by asking for the smallest one."""
     one = np.ones((1, 1, 1), np.float32)
-    asked = {"return_last_state": True} if "return_last_state" in _keywords(fn) else {}
+    asked = {"return_last_state": True} if takes(fn, "return_last_state") else {}
     with contextlib.suppress(Exception):
         return isinstance(fn(u=one, delta=one, A=-one[0], B=one, C=one, **asked), tuple)
     return False
@@ -406,13 +401,3 @@ def _raising(case: Case) -> Iterator[None]:
         yield
     except Exception as error:
         raise Counterexample(f"the call raised {type(error).__name__}: {error}", case) from error
-
-
-def _called(fn: Callable[..., Any], arguments: dict[str, Any], taken: frozenset[str] | None, case: Case) -> Any:
-    """Call a convolution with what is given; with `taken`, ask for the last state if it has one, and return a tuple."""
-    asked = given(arguments)
-    if taken and "return_last_state" in taken:
-        asked["return_last_state"] = True
-    with _raising(case):
-        out = fn(**asked)
-    return out if taken is None or isinstance(out, tuple) else (out,)
