@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 
-from npmamba.cuda import launch, machine
+from npmamba.cuda import launch, machine, replay
 
 
 class Launch(NamedTuple):
@@ -41,7 +41,7 @@ def watched(*, run: bool) -> Iterator[list[Launch]]:
         if run:
             original(kernel, grid, dtype, arguments, shared=shared, **constants)
 
-    with mock.patch.object(launch.Kernel, "launch", watch):
+    with replay.switched_off(), mock.patch.object(launch.Kernel, "launch", watch):
         yield seen
 
 

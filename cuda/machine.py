@@ -36,7 +36,7 @@ class Loaded:
     """One specialization's machine code on the current device."""
 
     def __init__(self, specialization: Specialization) -> None:
-        self.device, self.name, self.shared = current_device(), specialization.name, 48 * 1024
+        self.device, self.name = current_device(), specialization.name
         entry, binary = machine_code(specialization, architecture(self.device))
         self.module = sys.modules["cupy"].cuda.function.Module()
         try:
@@ -47,6 +47,9 @@ class Loaded:
             problem = f"the driver cannot read machine code of this nvJitLink ({error})"
             raise CudaUnavailableError(problem, "install a newer driver, https://www.nvidia.com/drivers") from error
         self.function = self.module.get_function(entry)
+        driver = sys.modules["cupy"].cuda.driver
+        fixed = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self.function.ptr)
+        self.shared = 48 * 1024 - fixed
         self.threads = (specialization.threads,)
         self.real = wide_dtype(specialization.dtype).type
         self.describe(specialization.function)
@@ -61,7 +64,7 @@ class Loaded:
         self.pointers = sorted({*range(len(kinds))} - {*self.sizes, *self.strides, *self.reals})
 
     def allow(self, shared: int) -> None:
-        """Allow as many bytes of dynamic shared memory; CUDA asks for this beyond 48 KiB."""
+        """Allow as many bytes of dynamic shared memory; CUDA asks for this beyond 48 KiB, fixed ones counted in."""
         driver = sys.modules["cupy"].cuda.driver
         driver.funcSetAttribute(self.function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
         self.shared = shared

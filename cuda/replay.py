@@ -17,9 +17,10 @@ code runs at every call. So it does under the kernel interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from npmamba.cuda.stand_in import ALIGNMENT, NotReplayable, StandIn
 LIMIT = 1024
 """Kinds of calls that are remembered for one twin: lengths that vary for ever must not fill the memory."""
 _REMEMBERED: list[dict[Any, Any]] = []
+_off = False
 
 
 class Launch(NamedTuple):
@@ -208,7 +210,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         cupy = sys.modules.get("cupy")
-        if cupy is None or launch.is_interpreting():
+        if _off or cupy is None or launch.is_interpreting():
             return function(*arguments, **options)
         arrays: list[Any] = []
         kind = _call(arguments, options, arrays, cupy.ndarray)
@@ -221,6 +223,8 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         return plan.run(cupy, arrays) if plan else function(*arguments, **options)
 
     def again(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if _off:
+            return None
         arrays: list[Any] = []
         cupy = sys.modules["cupy"]
         try:
@@ -231,6 +235,17 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.again = again  # type: ignore[attr-defined]
     return call
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Run all host code at every call, for one who watches or replaces what it calls; no plan is made of that."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
 
 
 def forget() -> None:

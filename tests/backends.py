@@ -35,6 +35,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from npmamba.cuda import arrays, requirements
+from npmamba.cuda.stand_in import StandIn
 
 FILL = {1: 0xA5, 2: 0x7FDA, 4: 0x7FE1DEAD, 8: 0x7FFC1EADDEADBEEF}
 """Bits for memory that nobody wrote: NaN in every floating-point type, an absurd number in the others."""
@@ -97,16 +98,25 @@ class Gpu(Interpreter):
     def running(self, seed: int | None = None, *, check: bool | str = "races") -> Iterator[None]:
         """Return a context in which unwritten outputs show; it ends when the device has done all its work."""
         before, arrays.empty.__code__ = arrays.empty.__code__, _filled.__code__
+        cupy = sys.modules["cupy"]
+        alloc = cupy.cuda.alloc
+        cupy.cuda.alloc = lambda size: _unwritten(alloc(size), size)
         try:
             yield
-            sys.modules["cupy"].cuda.get_current_stream().synchronize()
+            cupy.cuda.get_current_stream().synchronize()
         finally:
-            arrays.empty.__code__ = before
+            arrays.empty.__code__, cupy.cuda.alloc = before, alloc
 
 
 def _filled(like: Any, shape: Any, dtype: Any) -> Any:
     """Stand in for `npmamba.cuda.arrays.empty`: its code is put into that function, where `sys` is known."""
-    return sys.modules["backends"].filled(shape, dtype)
+    return like.library.empty(shape, dtype) if type(like) is StandIn else sys.modules["backends"].filled(shape, dtype)
+
+
+def _unwritten(memory: Any, size: int) -> Any:
+    """Fill what a replayed twin allocates with bits that are NaN in every float."""
+    memory.memset_async(0xFF, size)
+    return memory
 
 
 def filled(shape: Any, dtype: Any) -> Any:

@@ -52,6 +52,8 @@ class FakeCupy:
     def __init__(self) -> None:
         self.device, self.launched, self.loaded, self.attributes = 0, [], [], []
         self.failure: Exception | None = None
+        self.fixed = 0
+        """Bytes of shared memory that a kernel itself declares."""
         runtime = types.SimpleNamespace(
             getDevice=lambda: self.device,
             getDeviceCount=lambda: 2,
@@ -64,7 +66,10 @@ class FakeCupy:
             function=types.SimpleNamespace(Module=lambda: types.SimpleNamespace(load=self.load, get_function=self.get)),
             Device=lambda number: types.SimpleNamespace(compute_capability="90"),
             driver=types.SimpleNamespace(
-                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda *a: self.attributes.append(a)
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES=1,
+                funcGetAttribute=lambda attribute, function: {1: self.fixed}[attribute],
+                funcSetAttribute=lambda *a: self.attributes.append(a),
             ),
         )
 
@@ -154,6 +159,14 @@ def test_dynamic_shared_memory_beyond_48_kib_is_asked_for_as_it_grows(cupy):
         kernel.launch((1,), np.float32, ARGUMENTS, shared=shared, times=1)
     assert cupy.attributes == [(77, 8, 100_000), (77, 8, 200_000)]
     assert [call[-1] for call in cupy.launched] == [0, 48 * 1024, 100_000, 50_000, 100_000, 200_000]
+
+
+def test_what_a_kernel_declares_counts_towards_the_48_kib(cupy):
+    cupy.fixed = 1024
+    kernel = Kernel(_axpy, threads=64)
+    for shared in (0, 47 * 1024, 47 * 1024 + 1, 48 * 1024):
+        kernel.launch((1,), np.float32, ARGUMENTS, shared=shared, times=1)
+    assert cupy.attributes == [(77, 8, 47 * 1024 + 1), (77, 8, 48 * 1024)]
 
 
 def test_a_launch_costs_the_host_a_few_microseconds(cupy):

@@ -191,6 +191,26 @@ def test_a_call_like_one_before_is_not_checked_again_and_a_wrong_one_is(monkeypa
         public_scan(**arrays_, delta_softplus=True)
 
 
+def test_switched_off_all_host_code_runs_and_nothing_is_remembered() -> None:
+    calls: list[int] = []
+
+    @replay.replayed
+    def twin(x: Any) -> Any:
+        calls.append(1)
+        return x
+
+    x = fake_cupy.array(np.zeros(3, np.float32))
+    with replay.switched_off():
+        for _ in range(3):
+            assert twin(x) is x
+            assert twin.again((x,), {}) is None
+    assert len(calls) == 3
+    for _ in range(3):
+        assert twin(x) is x
+    assert len(calls) == 4
+    assert twin.again((x,), {}) is x
+
+
 def test_a_stand_in_gives_views_and_nothing_else() -> None:
     x = StandIn(None, 3, (2, 5, 4), (80, 16, 4), np.float32, address=40)
     assert (x[0].shape, x[0].offset, x[:, ::-1].offset) == ((5, 4), 0, 64)
