@@ -51,6 +51,9 @@ from npmamba.cuda.scan_tile import (
 from npmamba.cuda.schedule import ABSENT, FRESH, NORMAL
 from npmamba.scalar import (
     cast,
+    decay_factor,
+    decay_of,
+    decayed,
     exp2,
     fma,
     phi,
@@ -174,7 +177,8 @@ def _backward(
             flow = inflow * Bs[n]
             if zoh:
                 flow = flow * phi(dt * a[n])
-            history[(step + 1) * states + n] = state_step(exp2(dt * rate[n]), before, flow)
+            x = dt * rate[n]
+            history[(step + 1) * states + n] = state_step(decay_factor(exp2(x), x), x, before, flow)
 
     def retreat(registers, context, step):
         """One step back: g_t = C_t dy_t + a_{t+1} g_{t+1}, and what every gradient takes from it."""
@@ -190,20 +194,21 @@ def _backward(
             y = readout(Cs[n], h, y)
             values[states + n] = dy * h
             g_n = fma(dy, Cs[n], g[n])
-            decay = exp2(dt * rate[n])
+            exponent = dt * rate[n]
+            factor = decay_factor(exp2(exponent), exponent)
             share = g_n * inflow
             if zoh:
                 x = dt * a[n]
                 Bg = g_n * Bs[n]
                 response = phi(x)
                 dinflow = fma(Bg, response, dinflow)
-                dfirst = fma(Bg, decay, dfirst)  # phi + x phi' = e^x: its two terms would cancel
+                dfirst = fma(Bg, decay_of(factor, exponent), dfirst)  # phi + x phi' = e^x: its two terms would cancel
                 dA[n] = fma(Bg * inflow * dt, phi_derivative(x), dA[n])
                 share = share * response
             else:
                 dinflow = fma(g_n, Bs[n], dinflow)
             values[n] = share
-            g_n = g_n * decay
+            g_n = decayed(factor, exponent, g_n)
             g[n] = g_n
             before = history[step * states + n]
             if packed:

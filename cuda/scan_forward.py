@@ -49,7 +49,7 @@ from npmamba.cuda.scan_tile import (
     unrolled,
 )
 from npmamba.cuda.schedule import ABSENT, FRESH, NORMAL
-from npmamba.scalar import cast, exp2, fma, phi, readout, select, silu, softplus, state_step
+from npmamba.scalar import cast, decay_factor, decayed, exp2, fma, phi, readout, select, silu, softplus, state_step
 
 uint32, int32, int64 = np.uint32, np.int32, np.int64
 
@@ -114,8 +114,9 @@ def _scan(
                 before = select(begins, zero, before)
             if zoh and not adjoint:
                 flow = flow * phi(dt * a[n])
-            decay = exp2(dt * rate[n])
-            after = decay * (before + flow) if adjoint else state_step(decay, before, flow)
+            x = dt * rate[n]
+            factor = decay_factor(exp2(x), x)
+            after = decayed(factor, x, before + flow) if adjoint else state_step(factor, x, before, flow)
             if packed and adjoint:
                 after = select(begins, zero, after)
             h[n] = after
@@ -361,8 +362,9 @@ def _carry(real, padded):
                 s = uint32(s + uint32(1))
                 if s < segments:
                     elapsed = load(sums, at)
-                    decay = select(elapsed == cast(np.inf, elapsed), zero, exp2(elapsed * rate))
-                    h = state_step(decay, h, load(states, at * int64(padded) + n))
+                    x = elapsed * rate
+                    factor = decay_factor(select(elapsed == cast(np.inf, elapsed), zero, exp2(x)), x)
+                    h = state_step(factor, x, h, load(states, at * int64(padded) + n))
                 at += int64(dim)
 
     decay_rate = make_decay_rate(real)

@@ -15,7 +15,7 @@ from npmamba.cuda.arrays import address, empty, library, strides
 from npmamba.cuda.device import Data, Size, Stride, Wide, cuda, load, load4, shift, store, store4
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.layout import native
-from npmamba.scalar import cast, exp2, fma, phi, readout, select, silu, softplus, state_step
+from npmamba.scalar import cast, decay_factor, exp2, fma, phi, readout, select, silu, softplus, state_step
 from npmamba.shapes import compute_dtype
 
 uint32, int64 = np.uint32, np.int64
@@ -90,7 +90,8 @@ def _make_advance(real: Any, states: int) -> Any:
         for i in range(first, first + together):
             rate = a[i] * cast(_LOG2E, step)
             rate = select(rate < cast(lowest, step), cast(lowest, step), rate)
-            h[i] = state_step(exp2(step * rate), h[i], source * B[i])
+            x = step * rate
+            h[i] = state_step(decay_factor(exp2(x), x), x, h[i], source * B[i])
             y = readout(C[i], h[i], y)
         return y
 

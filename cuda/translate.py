@@ -25,9 +25,15 @@ _WORDS: dict[Any, Any] = {
         "copy_async", "commit_async", "wait_async", "double",
     )
 }  # fmt: skip
-_COMMON = {scalar.cast: intrinsics.cast, scalar.fma: intrinsics.fma, scalar.select: intrinsics.select}
+_COMMON = {
+    scalar.cast: intrinsics.cast,
+    scalar.fma: intrinsics.fma,
+    scalar.select: intrinsics.select,
+    scalar.exp2m1: scalar.exp2m1_series,
+}
 _PRODUCTS = {scalar.exp2_product: primitives.exp2_product, scalar.exp2_product_small: primitives.exp2_product}
 _FLOAT32 = {
+    scalar.is_double: primitives.is_not_double,
     scalar.exp2: intrinsics.exp2_float32,
     scalar.sqrt: intrinsics.sqrt_float32,
     scalar.divide: primitives.divide_float32,
@@ -38,6 +44,7 @@ _FLOAT32 = {
     scalar.log1p: scalar.log1p_polynomial,
 }
 _FLOAT64 = {
+    scalar.is_double: primitives.is_double,
     scalar.exp2: primitives.exp2_float64,
     scalar.sqrt: primitives.sqrt_float64,
     scalar.divide: primitives.divide_float64,

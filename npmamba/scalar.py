@@ -6,7 +6,8 @@ plain Python functions below serve NumPy and runs without the compiler, `npmamba
 scalars and for its vectors of channels.
 
 Notation: ``x`` is the product ``delta * A``; ``decay = exp(x)`` and ``inflow`` are the two numbers of one step,
-``h_t = decay h_{t-1} + inflow``. Equation numbers refer to Gu & Dao, arXiv 2312.00752.
+``h_t = decay h_{t-1} + inflow``. In float64, the yardstick, a slow decay is held less 1, and rounding it costs nothing:
+that is its ``factor``. Equation numbers refer to Gu & Dao, arXiv 2312.00752.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def exp2_product_small(x: Any, y: Any) -> Any:
     return np.exp2(x * y)
 
 
+def exp2m1(x: Any) -> Any:
+    """Return ``2^x - 1`` to a few units in the last place for float64 where ``|x| <= 1/2``, and anything elsewhere."""
+    return np.expm1(x * np.log(2))
+
+
 def exp(x: Any) -> Any:
     """Return ``e^x`` to a few units in the last place."""
     return np.exp(x)
@@ -85,7 +91,15 @@ def magnitude(x: Any) -> Any:
     return np.abs(x)
 
 
-PRIMITIVES = (cast, fma, select, exp2, exp2_product, exp2_product_small, exp, expm1, log1p, sqrt, divide, magnitude)
+def is_double(x: Any) -> bool:
+    """Tell whether `x` is float64: where targets compile, a constant, and what is not meant for the type vanishes."""
+    return bool(np.asarray(x).dtype == np.float64)
+
+
+PRIMITIVES = (
+    cast, fma, select, exp2, exp2_product, exp2_product_small, exp2m1, exp, expm1, log1p, sqrt, divide, magnitude,
+    is_double,
+)  # fmt: skip
 
 
 @formula
@@ -99,6 +113,24 @@ def log1p_polynomial(x):
     p = fma(p, q, cast(0.33333340287208557, x))
     twice = s + s
     return fma(p * q, twice, twice)
+
+
+@formula
+def exp2m1_series(x):
+    """sum_k (x ln 2)^k / k!, without its first term: what `exp2m1` is in float64 on every target of ours"""
+    p = cast(1.3691488853904128e-12, x)  # ln(2)^13 / 13!, the last term that is above the last place at |x| = 1/2
+    p = fma(p, x, cast(2.5678435993488206e-11, x))
+    p = fma(p, x, cast(4.4455382718708116e-10, x))
+    p = fma(p, x, cast(7.054911620801123e-09, x))
+    p = fma(p, x, cast(1.01780860092397e-07, x))
+    p = fma(p, x, cast(1.321548679014431e-06, x))
+    p = fma(p, x, cast(1.5252733804059841e-05, x))
+    p = fma(p, x, cast(1.540353039338161e-04, x))
+    p = fma(p, x, cast(1.3333558146428443e-03, x))
+    p = fma(p, x, cast(9.618129107628477e-03, x))
+    p = fma(p, x, cast(5.550410866482158e-02, x))
+    p = fma(p, x, cast(0.24022650695910072, x))
+    return fma(p, x, cast(0.6931471805599453, x)) * x
 
 
 # --- activations ---
@@ -140,9 +172,51 @@ def silu_derivative(x):
 
 
 @formula
-def state_step(decay, h, inflow):
-    """h_t = decay h_{t-1} + inflow        (eq. 2a)"""
-    return fma(decay, h, inflow)
+def _is_slow(x):
+    """Whether 2^x is held less 1"""
+    return magnitude(x) < cast(0.5, x)
+
+
+@formula
+def _is_finite(x):
+    return magnitude(x) <= cast(1.7976931348623157e308, x)
+
+
+@formula
+def decay_factor(decay, x):
+    """What a state is multiplied with in a step: decay = 2^x, in float64 less 1 where that is slow"""
+    if is_double(x):
+        return select(_is_slow(x), exp2m1(x), decay)
+    return decay
+
+
+@formula
+def state_step(factor, x, h, inflow):
+    """h_t = decay h_{t-1} + inflow        (eq. 2a)
+
+    In float64 a slow decay is h + ((decay - 1) h + inflow): over a million steps of x = 1e-6 each, the rounding of
+    decay to a multiple of 1e-16 would add up to 1e-11. An infinite h stays what it is.
+    """
+    if is_double(x):
+        moved = fma(factor, h, inflow)
+        return select(_is_slow(x), select(_is_finite(h), moved, inflow) + h, moved)
+    return fma(factor, h, inflow)
+
+
+@formula
+def decayed(factor, x, g):
+    """decay g"""
+    if is_double(x):
+        return select(_is_slow(x), select(_is_finite(g), fma(factor, g, g), g), factor * g)
+    return factor * g
+
+
+@formula
+def decay_of(factor, x):
+    """decay itself"""
+    if is_double(x):
+        return select(_is_slow(x), cast(1, x) + factor, factor)
+    return factor
 
 
 @formula

@@ -44,11 +44,16 @@ from npmamba.cuda.device import (
 from npmamba.cuda.launch import FLOATS, Kernel
 from npmamba.scalar import (
     cast,
+    decay_factor,
+    decay_of,
+    decayed,
     divide,
     exp,
     exp2,
+    exp2m1,
     expm1,
     fma,
+    is_double,
     log1p,
     magnitude,
     phi,
@@ -59,6 +64,7 @@ from npmamba.scalar import (
     silu_derivative,
     softplus,
     sqrt,
+    state_step,
 )  # fmt: skip
 
 uint32, int64 = np.uint32, np.int64
@@ -158,6 +164,21 @@ def _formulas(real):
             store(out, i + n * uint32(8), phi_derivative(a))
 
     return formulas
+
+
+def _slow_steps(real):
+    def slow_steps(x: Wide, h: Wide, out: Wide, n: Size):
+        """What a step of exponent x does to a state h, and to a gradient"""
+        i = uint32(cuda.blockIdx.x) * uint32(THREADS) + uint32(cuda.threadIdx.x)
+        if i < n:
+            a, state = load(x, i), load(h, i)
+            factor = decay_factor(exp2(a), a)
+            store(out, i, state_step(factor, a, state, cast(0, a)))
+            store(out, i + n, decayed(factor, a, state))
+            store(out, i + n * uint32(2), decay_of(factor, a))
+            store(out, i + n * uint32(3), exp2m1(a) if is_double(a) else decay_of(factor, a) - cast(1, a))
+
+    return slow_steps
 
 
 def _moves(real):
@@ -417,6 +438,20 @@ def test_formulas_are_right_to_a_few_units(device_backend, dtype):
     for row, name in zip(out, FORMULAS, strict=True):
         chosen = np.isin(x, every[name])
         check_formula(name, dtype, x[chosen], row[chosen].astype(np.float64))
+
+
+@COMPUTED
+def test_a_slow_decay_is_held_less_one_in_float64(device_backend, dtype):
+    """So it is right to some units of 1 - 2^x there, and of 1 in float32; infinite states stay so."""
+    x = -np.logspace(-18, np.log10(0.5), THREADS - 2).astype(dtype)
+    x, h = np.concatenate([x, x[:2]]), np.ones(THREADS, dtype)
+    h[-2:] = np.inf, -np.inf
+    *_, out = run(device_backend, _slow_steps, dtype, 1, x, h, np.zeros((4, THREADS), dtype), THREADS)
+    loss, eps = np.expm1(x.astype(np.float64) * np.log(2)), np.finfo(dtype).eps
+    np.testing.assert_array_equal(out[:2, -2:], [h[-2:]] * 2)
+    np.testing.assert_allclose(out[:3, :-2], [1 + loss[:-2]] * 3, rtol=0, atol=3 * eps)
+    size = np.abs(loss) if dtype == "float64" else 1
+    assert (np.abs(out[3] - loss) / size).max() <= 3 * eps
 
 
 def test_nan_gives_nan_in_every_formula(device_backend):

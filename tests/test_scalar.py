@@ -16,10 +16,14 @@ from npmamba.cpu.runtime import Int, Read, Write, kernel
 from npmamba.cpu.simd import load, store, width
 from npmamba.scalar import (
     cast,
+    decay_factor,
+    decay_of,
+    decayed,
     exp,
     exp2,
     exp2_product,
     exp2_product_small,
+    exp2m1,
     expm1,
     log1p,
     phi,
@@ -29,6 +33,7 @@ from npmamba.scalar import (
     silu_derivative,
     softplus,
     sqrt,
+    state_step,
 )
 
 NAMES = "exp2 exp expm1 log1p sqrt sigmoid softplus silu silu_derivative phi phi_derivative exp2_product".split()
@@ -285,9 +290,77 @@ def test_fma_rounds_float32_once():
     assert scalar.fma(x, x, -np.float32(1 + 2.0**-11)) == 2.0**-24
 
 
-def test_state_step_and_readout_are_the_two_lines_of_the_equation():
-    assert scalar.state_step(0.5, 4.0, 3.0) == 5.0
+@kernel
+def take_steps(start: Int, stop: Int, x: Read[1], h: Read[1], inflow: Read[1], vectors: Write[2], scalars: Write[2]):
+    for i in range(start, stop, width(x)):
+        v, state = load(x, (i,), stop - i), load(h, (i,), stop - i)
+        factor = decay_factor(exp2(v), v)
+        store(vectors, (0, i), state_step(factor, v, state, load(inflow, (i,), stop - i)), stop - i)
+        store(vectors, (1, i), decayed(factor, v, state), stop - i)
+        store(vectors, (2, i), decay_of(factor, v), stop - i)
+        store(vectors, (3, i), exp2m1(v), stop - i)
+    for i in range(start, stop):
+        factor = decay_factor(exp2(x[i]), x[i])
+        scalars[0, i] = state_step(factor, x[i], h[i], inflow[i])
+        scalars[1, i] = decayed(factor, x[i], h[i])
+        scalars[2, i] = decay_of(factor, x[i])
+        scalars[3, i] = exp2m1(x[i])
+
+
+def steps_taken(x, h, inflow, dtype):
+    """Return what `take_steps` finds by vectors, one by one, and without the compiler."""
+    x, h, inflow = (np.array(q) for q in np.broadcast_arrays(*(np.asarray(q, dtype) for q in (x, h, inflow))))
+    vectors, scalars = np.full((2, 4, x.size), 7, dtype)
+    take_steps[dtype](0, x.size, x, h, inflow, vectors, scalars)
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = decay_factor(exp2(x), x)
+        plain = state_step(factor, x, h, inflow), decayed(factor, x, h), decay_of(factor, x), exp2m1(x)
+    return vectors, scalars, np.array(plain)
+
+
+SLOW = np.concatenate([np.logspace(-300, np.log10(0.5), 200), np.linspace(0.01, 0.5, 200)])
+
+
+@DTYPES
+def test_state_step_and_readout_are_the_two_lines_of_the_equation(dtype):
+    for found in steps_taken([-1, -0.25, 1, 0], [4, 8, 1, 5], [3, 1, 2, 0], dtype):
+        wanted = [[5, 8 * 2**-0.25 + 1, 4, 5], [2, 8 * 2**-0.25, 2, 5], [0.5, 2**-0.25, 2, 1]]
+        np.testing.assert_allclose(found[:3], wanted, rtol=4 * np.finfo(dtype).eps)
     assert scalar.readout(2.0, 4.0, 1.0) == 9.0
+
+
+@DTYPES
+def test_vectors_and_scalars_take_the_same_steps(dtype):
+    rng = np.random.default_rng(3)
+    x = np.concatenate([-np.logspace(-30, 3, 501), np.linspace(-0.6, 0.6, 101), [0.0, -0.0, 0.5, -0.5]])
+    h, inflow = rng.normal(size=(2, x.size))
+    vectors, scalars, plain = steps_taken(x, h, inflow, dtype)
+    np.testing.assert_array_equal(vectors[:3], scalars[:3])
+    size = np.abs(h) + np.abs(inflow)
+    assert np.abs(vectors - plain)[:3].max(0, where=size > 0.1, initial=0).max() < 20 * np.finfo(dtype).eps * size.max()
+
+
+def test_a_power_less_one_is_right_to_two_units_in_float64():
+    x = np.concatenate([-SLOW, SLOW])
+    with mpmath.workdps(50):
+        wanted = np.array([float(mpmath.expm1(mpmath.mpf(v) * mpmath.log(2))) for v in x])
+    for found in steps_taken(x, 1, 0, np.float64):
+        assert np.abs(found[3] / wanted - 1).max() <= 2 * np.finfo(np.float64).eps
+
+
+@DTYPES
+@pytest.mark.parametrize("x", [0.0, -0.0, -1e-6, 0.25, -3.0, 3.0])
+def test_a_state_that_is_no_number_stays_what_it_is(x, dtype):
+    for found in steps_taken([x] * 3, [INF, -INF, NAN], [1, 1, 1], dtype):
+        np.testing.assert_array_equal(found[:2], [[INF, -INF, NAN]] * 2)
+
+
+@DTYPES
+def test_a_step_of_no_length_keeps_every_bit(dtype):
+    h = np.random.default_rng(4).normal(size=64).astype(dtype)
+    for found in steps_taken(np.zeros(64), h, np.zeros(64), dtype):
+        np.testing.assert_array_equal(found[:2], [h, h])
+        np.testing.assert_array_equal(found[2], np.ones(64))
 
 
 def test_every_primitive_has_a_stand_in_and_compiled_forms():

@@ -19,7 +19,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import scipy.signal
 from cases import DIMS, DSTATES, LENGTHS, cotangents, scan_case, scan_specs, seeds, seq_idx_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +28,7 @@ from npmamba.cpu import runtime
 from npmamba.cpu import selective_scan as cpu
 from npmamba.ops.selective_scan import SelectiveScanGradients, selective_scan, selective_scan_backward
 from npmamba.reference import selective_scan as reference
+from npmamba.testing.oracles import double_double
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(cpu.__file__).resolve().parent.parent
@@ -643,20 +643,52 @@ def test_an_empty_scan_returns_a_fresh_copy_of_the_initial_state(batch, dim, seq
 # --- precision ---
 
 
-def test_precise_keeps_what_a_million_slow_steps_would_lose():
-    """|delta A| = 1e-6 over 2**20 steps: plain float32 rounds each decay to a multiple of 6e-8."""
-    steps = 1 << 20
-    one = np.ones((1, 1, steps), np.float32)
-    case = {"u": one, "delta": np.float32(1e-6) * one, "A": np.full((1, 1), -1, np.float32), "B": one, "C": one}
-    delta = float(np.float32(1e-6))
-    exact = scipy.signal.lfilter([delta], [1, -np.exp(-delta)], one[0, 0].astype(np.float64))
-    off = {}
-    for precise in (False, True):
-        y, last_state = selective_scan(**case, return_last_state=True, precise=precise)
-        assert y.dtype == last_state.dtype == np.float32
-        off[precise] = np.abs(y[0, 0] - exact).max() / exact.max()
-    assert off[True] <= 2e-7
-    assert off[False] >= 1e-3
+MILLION = 1 << 20
+LIMITS = {  # largest error over a million steps, of the largest value: dtype, steps, precise
+    ("float32", "drawn", False): 1e-6,
+    ("float32", "drawn", True): 2e-7,
+    ("float32", "slow", True): 2e-7,
+    ("float32", "constant", True): 2e-7,
+    ("float64", "drawn", False): 1e-14,
+    ("float64", "slow", False): 1e-13,
+    ("float64", "constant", False): 1e-12,
+}
+
+
+def a_million_steps(steps: str, dtype: str) -> dict[str, Any]:
+    """One channel and state: steps from 0.001 to 0.1, or |delta A| = 1e-6, or one step of 0.001 after another."""
+    rng, one = np.random.default_rng(30), np.ones((1, 1, MILLION))
+    deltas = {"drawn": np.exp(rng.uniform(np.log(1e-3), np.log(0.1), one.shape)), "slow": 1e-6, "constant": 1e-3}
+    varying = {name: rng.normal(size=one.shape) if steps == "drawn" else one for name in "uBC"}
+    return {n: np.asarray(x, dtype) for n, x in {**varying, "delta": deltas[steps] * one, "A": -one[0, :, :1]}.items()}
+
+
+@pytest.mark.parametrize(("dtype", "steps", "precise"), LIMITS, ids=lambda x: str(x))
+def test_over_a_million_steps_errors_do_not_add_up(dtype, steps, precise):
+    case = a_million_steps(steps, dtype)
+    y, last_state = selective_scan(**case, return_last_state=True, precise=precise)
+    exact, state = double_double(case)
+    assert y.dtype == last_state.dtype == dtype
+    assert np.abs(y - exact).max() <= LIMITS[dtype, steps, precise] * np.abs(exact).max()
+    assert abs(last_state - state).item() <= LIMITS[dtype, steps, precise] * np.abs(exact).max()
+
+
+def test_without_precise_float32_loses_slow_steps():
+    """|delta A| = 1e-6: each decay is rounded to a multiple of 6e-8."""
+    case = a_million_steps("slow", "float32")
+    y, (exact, _) = selective_scan(**case), double_double(case)
+    assert 1e-3 <= np.abs(y - exact).max() / exact.max() <= 1e-2
+
+
+def test_gradients_of_a_million_slow_steps_are_right_in_float64():
+    """What the last y has of each earlier input: delta exp(-delta (L - 1 - t))."""
+    case = a_million_steps("slow", "float64")
+    dout = np.zeros_like(case["u"])
+    dout[..., -1] = 1
+    gradients = selective_scan_backward(dout, **case, initial_state=np.zeros((1, 1, 1)))
+    wanted = np.exp(-case["delta"] * np.arange(MILLION)[::-1])
+    np.testing.assert_allclose(gradients.u, case["delta"] * wanted, rtol=1e-13)
+    np.testing.assert_allclose(gradients.initial_state.item(), np.exp(-1e-6 * MILLION), rtol=1e-13)
 
 
 @RULES

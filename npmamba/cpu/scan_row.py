@@ -14,6 +14,7 @@ from npmamba.cpu.runtime import inner, tight
 from npmamba.cpu.simd import AVX512, any_lane, apart, load, pick, prefetch_near, store, width
 from npmamba.scalar import (
     cast,
+    decay_factor,
     exp2_product,
     exp2_product_small,
     magnitude,
@@ -128,7 +129,9 @@ def make_walk(zoh: bool, constant: bool) -> Any:
         if constant:
             inflow = inflow * load(coefficients, (B_FACTOR * kind + i,))
             gain = gain * load(coefficients, (C_FACTOR * kind + i,))
-        after = state_step(power(step, load(coefficients, (i,))), load(h, (i,)), inflow)
+        rate = load(coefficients, (i,))
+        x = step * rate
+        after = state_step(decay_factor(power(step, rate), x), x, load(h, (i,)), inflow)
         store(h, (i,), after)
         return readout(gain, after, y)
 

@@ -15,6 +15,9 @@ from npmamba.cpu.scan_row import larger
 from npmamba.cpu.simd import accumulate, apart, load, pick, prefetch, store, total, width
 from npmamba.scalar import (
     cast,
+    decay_factor,
+    decay_of,
+    decayed,
     fma,
     magnitude,
     phi,
@@ -31,8 +34,8 @@ from npmamba.scalar import (
 TILE = 64
 """Steps per tile; the backward pass recomputes the states of one tile from the state saved before it."""
 
-DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, DECAY, STATE, SLOTS = range(10)
-"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), decays, states."""
+DELTA, INPUTS, Y, U, DY, DINPUT, DSTEP, FACTOR, STATE, SLOTS = range(10)
+"""Slots of a tile: delta, delta u, y, u, dy, sum_n g B, d(delta) (of euler without u sum_n g B), factors, states."""
 
 
 def kernel_name(stem: str, zoh: bool, constant: bool) -> str:
@@ -120,9 +123,9 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
                 inflow = inflow * phi(step * a)
             if constant:
                 inflow = inflow * b
-            decay = power(step, a2)
-            h = state_step(decay, h, inflow)
-            put(tile, DECAY, i, decay)
+            factor = decay_factor(power(step, a2), step * a2)
+            h = state_step(factor, step * a2, h, inflow)
+            put(tile, FACTOR, i, factor)
             put(tile, STATE, i + 1, h)
             if gated:
                 gain = cast(pick(C, n * TILE + i), step)
@@ -144,7 +147,8 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
                 gain = Cn * c
             store(dC, place, load(dC, place) + dgain)
             g = fma(cotangent, gain, g)
-            decayed = g * get(tile, DECAY, i)
+            factor = get(tile, FACTOR, i)
+            before = decayed(factor, step * a2, g)
             Bg = g * Bn
             if constant:
                 Bg = Bg * b
@@ -155,7 +159,7 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
                 Bgu = Bg * get(tile, U, i)
                 dx = Bgu * step * phi_derivative(x)
                 dA = fma(dx, step, dA)
-                dstep = fma(Bgu, get(tile, DECAY, i), dstep)  # phi + x phi' = e^x: its two terms would cancel
+                dstep = fma(Bgu, decay_of(factor, step * a2), dstep)  # phi + x phi' = e^x: its two terms would cancel
                 Bg = Bg * response
                 source = source * response
             if constant:
@@ -163,10 +167,10 @@ def make_state_pass_back(zoh: bool, constant: bool, power: Any) -> Any:
                 source = source * b
             store(dB, place, fma(g, source, load(dB, place)))
             put(tile, DINPUT, i, get(tile, DINPUT, i) + Bg)
-            p = decayed * get(tile, STATE, i)
+            p = before * get(tile, STATE, i)
             dA = fma(p, step, dA)
             put(tile, DSTEP, i, fma(p, a, dstep))
-            g = decayed
+            g = before
         accumulate(sums, (3 * n, 0), dA)
         if constant:
             accumulate(sums, (3 * n + 1, 0), dB_factor)

@@ -17,7 +17,7 @@ from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Real, Write, e
 from npmamba.cpu.scan_tile import kernel_name
 from npmamba.cpu.schedule import channel_blocks
 from npmamba.cpu.simd import LANES, load, store, width
-from npmamba.scalar import cast, exp2_product, phi, readout, select, silu, softplus, state_step
+from npmamba.scalar import cast, decay_factor, exp2_product, phi, readout, select, silu, softplus, state_step
 from npmamba.shapes import compute_dtype
 
 BLOCK_VECTORS = 8
@@ -102,7 +102,8 @@ def _make_step(zoh: bool, constant: bool) -> Kernel:
                         inflow = inflow * phi(step * select(a < cast(lowest, a), cast(lowest, a), a))
                     if constant:
                         inflow, gain = inflow * load(factors, (0, n, 0)), gain * load(factors, (1, n, 0))
-                    new = state_step(exp2_product(step, a2), load(h, (n, 0)), inflow)
+                    factor = decay_factor(exp2_product(step, a2), step * a2)
+                    new = state_step(factor, step * a2, load(h, (n, 0)), inflow)
                     store(h, (n, 0), new)
                     y = readout(gain, new, y)
                 if z.shape[0]:

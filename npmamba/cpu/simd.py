@@ -31,8 +31,10 @@ from npmamba.scalar import (
     exp2,
     exp2_product,
     exp2_product_small,
+    exp2m1,
     expm1,
     fma,
+    is_double,
     log1p,
     magnitude,
     select,
@@ -442,6 +444,22 @@ def _libm(name: str) -> Any:
 
     _define(call, lambda x: x, emit)
     return call
+
+
+def _is_float64(x: Any) -> bool:
+    return (x.dtype if isinstance(x, VectorType) else x) == types.float64
+
+
+@overload(is_double, inline="always")
+def _is_double(x):
+    if not _is_number(x):
+        return None
+    return (lambda x: True) if _is_float64(x) else (lambda x: False)
+
+
+@overload(exp2m1, jit_options={"forceinline": True})
+def _exp2m1(x):
+    return (lambda x: scalar.exp2m1_series(x)) if _is_number(x) else None
 
 
 _LIBM = {name: _libm(name) for name in ("exp2", "exp", "expm1", "log1p")}

@@ -88,8 +88,8 @@ def selective_scan(
     reverse : bool
         Scan from the last step to the first; equal to flipping time in all arguments and in the result.
     precise : bool
-        Carry the state in float64. Without it, float32 loses 5e-3 of the largest value over 2**20 steps where
-        ``|delta A|`` is near 1e-6.
+        Carry the state in float64. Without it, float32 loses 6e-3 of the largest value over 2**20 steps where
+        ``|delta A|`` is near 1e-6; float64 itself loses 6e-14.
 
     Returns
     -------

@@ -178,6 +178,27 @@ def discretize(delta: Any, A: Any, discretization: str) -> tuple[Any, Any]:
     raise ValueError(f"discretization must be 'euler' or 'zoh', got {discretization!r}")
 
 
+def decayed(x: Any, g: Any) -> Any:
+    """Compute exp(x) g, for a small x as g + expm1(x) g: the rounding of exp(x) to a multiple of 1e-16 would add up.
+
+    >>> float(decayed(-1e-20, 1e20) - 1e20), float(decayed(-np.inf, 1.0))
+    (0.0, 0.0)
+    """
+    return advanced(x, g, 0)
+
+
+def advanced(x: Any, h: Any, inflow: Any) -> Any:
+    """Compute one step of a state, exp(x) h + inflow, for a small x as h + (expm1(x) h + inflow).
+
+    >>> float(advanced(-1e-17, 1.0, 1e-17)), float(advanced(-1.0, np.inf, 0.0))
+    (1.0, inf)
+    """
+    x, h = np.asarray(x), np.asarray(h)
+    slow = np.abs(x.real) < 0.35
+    moved = np.where(slow, expm1(np.where(slow, x, 0)), np.exp(x)) * h + inflow
+    return np.where(slow, h + np.where(np.isfinite(h), moved, inflow), moved)
+
+
 def runs(seq_idx: Any, batch: int, seqlen: int) -> tuple[Any, Any]:
     """Read `seq_idx` (batch, seqlen): which steps count, and which of them start a run with a zero state.
 

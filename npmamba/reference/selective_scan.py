@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.reference.functions import (
+    advanced,
     as_float64,
+    decayed,
     discretize,
     exponent,
     flip_time,
@@ -78,7 +80,8 @@ def _steps(u: Any, Delta: Any, A: Any, B: Any, h: Any, discretization: str, seq_
         h[start[:, t]] = 0
         a, f = discretize(Delta[rows, :, t, None], A, discretization)
         before = h[rows]
-        h[rows] = a * before + f * _at(B, t, batch, dim)[rows] * u[rows, :, t, None]
+        inflow = f * _at(B, t, batch, dim)[rows] * u[rows, :, t, None]
+        h[rows] = advanced(exponent(Delta[rows, :, t, None], A), before, inflow)
         yield t, start[:, t], rows, a, f, before, h[rows]
 
 
@@ -209,7 +212,8 @@ def backward(
         _add_at(dB, t, rows, g_t * f * u_t[..., None])
         du[rows, :, t] = (g_t * f * B_t).sum(-1) + (0 if D is None else D * dy)
         dD += (dy * u_t).sum(0)
-        p, df = g_t * a * before, g_t * B_t * u_t[..., None]
+        g_before, df = decayed(exponent(Delta_t, A), g_t), g_t * B_t * u_t[..., None]
+        p = g_before * before
         dA += (p * Delta_t).sum(0)
         dDelta_t = p * np.where(finite, A, 0)
         if discretization == "zoh":
@@ -218,7 +222,7 @@ def backward(
         else:
             dDelta_t = dDelta_t + df
         dDelta[rows, :, t] = dDelta_t.sum(-1)
-        g[rows] = g_t * a
+        g[rows] = g_before
         g[starts] = 0
     ddelta = np.where(runs(seq_idx, batch, u.shape[2])[0][:, None], dDelta * dDelta_ddelta, 0)
     return SelectiveScanGradients(
