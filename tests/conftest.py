@@ -1,4 +1,4 @@
-"""What every test runs under: a Hypothesis profile, and outputs that show when nobody wrote them."""
+"""What every test runs under: a Hypothesis profile, several processes, and outputs that show when nobody wrote them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow],
 }
 
-# quick and ci draw the same examples every time, so a red run is the change's doing; deep searches anew.
-settings.register_profile("quick", max_examples=20, derandomize=True, **_COMMON)
-settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
-settings.register_profile("deep", max_examples=2000, **_COMMON)
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
-settings.load_profile(PROFILE)
+# name: (examples of a test that names no number, factor for those that do, the same examples every run)
+PROFILES = {
+    "few": (2, 0.1, True),  # to run every line once, where kernels are slow: without the compiler
+    "quick": (20, 1, True),
+    "ci": (100, 1, True),
+    "deep": (2000, 20, False),
+    "release": (20000, 200, False),
+}
+for _name, (_examples, _, _same) in PROFILES.items():
+    settings.register_profile(_name, max_examples=_examples, derandomize=_same, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def unwritten(shape: Any, dtype: Any) -> np.ndarray:
@@ -34,8 +39,35 @@ def unwritten(shape: Any, dtype: Any) -> np.ndarray:
 
 
 def pytest_report_header() -> str:
-    drawn = "new examples every run" if PROFILE == "deep" else "the same examples every run"
-    return f"hypothesis profile: {PROFILE} ({drawn}); HYPOTHESIS_PROFILE=quick|ci|deep chooses"
+    profile = settings.get_current_profile_name()
+    drawn = "the same examples every run" if settings.default.derandomize else "new examples every run"
+    return f"hypothesis profile: {profile} ({drawn}); --hypothesis-profile={'|'.join(PROFILES)} chooses"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread a run over the cores where nobody said how many processes to take (``-n``) and it pays: see `_spreads`."""
+    told = getattr(config.option, "numprocesses", 0) is not None
+    if not told and "PYTEST_XDIST_WORKER" not in os.environ and _spreads(config):
+        config.option.numprocesses = "auto"
+        if backends.missing() is None:
+            config.option.dist = "loadgroup"  # what needs the GPU stays together in one process
+
+
+def _spreads(config: pytest.Config) -> bool:
+    """Tell whether a run is of whole folders; a file or two are done before other processes have started.
+
+    A debugger needs the terminal, tests that are asked for by ``-m gpu`` share one device.
+    """
+    option = config.option
+    folders = all((config.invocation_params.dir / place).is_dir() for place in config.args)
+    alone = option.usepdb or option.trace or option.capture == "no" or option.collectonly
+    chosen = option.keyword or getattr(option, "lf", False) or _wants_gpu(option.markexpr)
+    return folders and not alone and not chosen and option.dist == "no" and not option.tx
+
+
+def _wants_gpu(markexpr: str) -> bool:
+    return "gpu" in markexpr and "not gpu" not in markexpr
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +97,31 @@ def _is_for_gpu_alone(item: pytest.Item) -> bool:
     return hasattr(item, "callspec") and any(mark.name == "gpu" for mark in marks)
 
 
+def _scale_examples(items: list[pytest.Item]) -> None:
+    """Multiply the numbers of examples that tests name, which are meant for the profile quick."""
+    factor = PROFILES.get(settings.get_current_profile_name(), (0, 1))[1]
+    for function in {getattr(item, "function", None) for item in items}:
+        own = getattr(function, "_hypothesis_internal_use_settings", None)  # where Hypothesis keeps a test's settings
+        if own is not None and own.max_examples != settings.default.max_examples:
+            examples = max(2, round(own.max_examples * factor))
+            function._hypothesis_internal_use_settings = settings(own, max_examples=examples)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests for a GPU out where there is none; say what is missing if they were asked for."""
+    _scale_examples(items)
     twice = [item for item in items if _is_for_gpu_alone(item) and "interpreter" in item.callspec.params.values()]
     if twice:
         config.hook.pytest_deselected(items=twice)
         items[:] = [item for item in items if item not in set(twice)]
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not for_gpu or backends.missing() is None:
+        if getattr(config.option, "loadgroup", False):
+            for item in for_gpu:
+                item.add_marker(pytest.mark.xdist_group("gpu"))
         return
-    wanted = config.option.markexpr
-    if "gpu" in wanted and "not gpu" not in wanted:
-        raise pytest.UsageError(f"pytest -m '{wanted}': {backends.missing()}")
+    if _wants_gpu(config.option.markexpr):
+        raise pytest.UsageError(f"pytest -m '{config.option.markexpr}': {backends.missing()}")
     config.hook.pytest_deselected(items=for_gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
