@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -65,7 +66,7 @@ TESTS = {  # the first pattern that fits; {} is the file's own name
 }
 KERNELS = "selective_scan scan_row scan_tile schedule selective_state_update causal_conv1d conv_tile rms_norm lines"
 HELD = {f"npmamba/cpu/{name}.py" for name in KERNELS.split()}
-SLOWEST, FIRST = 15.0, 3.0  # seconds: tests above the one are left out, the first few take up to the other
+SLOWEST, FIRST = 8.0, 3.0  # seconds: tests above the one are left out, the first few take up to the other
 LIBRARIES = "numpy scipy.linalg scipy.signal scipy.integrate scipy.special numba numba.extending hypothesis.strategies"
 LIBRARIES += " hypothesis.internal.conjecture.engine pytest mpmath ml_dtypes coverage safetensors.numpy"
 
@@ -82,6 +83,10 @@ def stem(path: str) -> list[str]:
     return [*(f"tests/test_{name.format(Path(path).stem)}.py" for name in names.split()), examples]
 
 
+def _too_slow(*_: Any) -> None:
+    raise TimeoutError("this test is too slow to be of use here")
+
+
 class Run:
     """A plugin of pytest: chooses and orders tests, gives each its time, and writes down what happened."""
 
@@ -93,8 +98,9 @@ class Run:
     def pytest_configure(self, config: Any) -> None:
         from hypothesis import Phase, settings
 
-        phases = (Phase.explicit, Phase.generate)  # a failure need not be made small
-        settings.register_profile("mutation", settings.get_profile("quick"), phases=phases)
+        # always the same examples, as tests/conftest.py has it, but ten; and a failure need not be made small
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutation", settings.default, phases=phases, max_examples=10)
         settings.load_profile("mutation")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -103,9 +109,12 @@ class Run:
             items[:] = sorted((x for x in items if x.nodeid in order), key=lambda x: order[x.nodeid])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        usual = self.chosen[nodeid] if self.chosen else 100.0
-        signal.setitimer(signal.ITIMER_PROF, 5 + 5 * usual)  # of the processor; the other limit is for what waits
-        signal.alarm(int(60 + 20 * usual))
+        if self.chosen is None:
+            signal.signal(signal.SIGPROF, _too_slow)
+        usual = self.chosen[nodeid] if self.chosen else SLOWEST
+        seconds = 5 + 5 * usual if self.chosen else SLOWEST
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor; the other limit is for what waits
+        signal.alarm(int(300 + 20 * usual))
         if self.coverage:
             self.coverage.switch_context(nodeid)
         self.seconds[nodeid] = -time.process_time()
@@ -140,7 +149,10 @@ class Workplace:
             try:
                 self._settle()
                 self.answer.write_text(json.dumps(work()))
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(0)  # whatever happened, this process must not go on as its parent
         _, status = os.waitpid(child, 0)
         try:
@@ -150,7 +162,7 @@ class Workplace:
         return os.WTERMSIG(status), json.loads(self.answer.read_text()) if self.answer.exists() else None
 
     def _settle(self) -> None:
-        """Make a child of this process one that works in the clone, with limits, and is not heard."""
+        """Make a child of this process one that works in the clone, with limits, and is heard in a file only."""
         os.setsid()
         os.chdir(self.clone)
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
@@ -158,14 +170,14 @@ class Workplace:
         sys.path[:] = [str(self.clone), *(entry for entry in sys.path if not entry.startswith(str(ROOT)))]
         os.environ["PYTHONPATH"] = str(self.clone)
         sys.modules.pop("mutators")
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
+        log = os.open(self.clone.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
 
     def pytest(self, files: list[str], run: Run, *more: str) -> int:
         import pytest
 
-        options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore::RuntimeWarning", "--tb=no"]
+        options = "-q -p no:cacheprovider --assert=plain --tb=no -W ignore::RuntimeWarning".split()
         return int(pytest.main([*files, *options, *more], plugins=[run]))
 
     def baseline(self, file: str) -> dict[str, Any]:
