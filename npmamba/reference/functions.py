@@ -161,41 +161,43 @@ def exponent(delta: Any, A: Any) -> Any:
     return np.where(infinite, limit, delta * np.where(infinite, 0, A))
 
 
-def discretize(delta: Any, A: Any, discretization: str) -> tuple[Any, Any]:
-    """Return the decay a = exp(delta A) and the inflow weight f of one step h <- a h + f B u.
+def discretize(delta: Any, A: Any, discretization: str) -> tuple[Any, Any, Any]:
+    """Return x = delta A, the decay a = exp(x) and the inflow weight f of one step h <- a h + f B u.
 
     "euler" has f = delta, the rule of the published models; "zoh" has f = delta phi(delta A), which is
     expm1(delta A) / A, the exact solution of h' = A h + B u for an input that is constant over the step.
 
     >>> [float(q) for q in discretize(0.5, -np.inf, "zoh")]
-    [0.0, 0.0]
+    [-inf, 0.0, 0.0]
     """
     x = exponent(delta, A)
     if discretization == "euler":
-        return np.exp(x), np.broadcast_to(delta, x.shape)
+        return x, np.exp(x), np.broadcast_to(delta, x.shape)
     if discretization == "zoh":
-        return np.exp(x), delta * phi(x)
+        return x, np.exp(x), delta * phi(x)
     raise ValueError(f"discretization must be 'euler' or 'zoh', got {discretization!r}")
 
 
-def decayed(x: Any, g: Any) -> Any:
-    """Compute exp(x) g, for a small x as g + expm1(x) g: the rounding of exp(x) to a multiple of 1e-16 would add up.
+def decayed(x: Any, a: Any, g: Any) -> Any:
+    """Compute a g with a = exp(x), for a small x as g + expm1(x) g.
 
-    >>> float(decayed(-1e-20, 1e20) - 1e20), float(decayed(-np.inf, 1.0))
+    >>> float(decayed(-1e-20, 1.0, 1e20) - 1e20), float(decayed(-np.inf, 0.0, 1.0))
     (0.0, 0.0)
     """
-    return advanced(x, g, 0)
+    return advanced(x, a, g, 0)
 
 
-def advanced(x: Any, h: Any, inflow: Any) -> Any:
-    """Compute one step of a state, exp(x) h + inflow, for a small x as h + (expm1(x) h + inflow).
+def advanced(x: Any, a: Any, h: Any, inflow: Any) -> Any:
+    """Compute one step of a state, a h + inflow with a = exp(x), for a small x as h + (expm1(x) h + inflow).
 
-    >>> float(advanced(-1e-17, 1.0, 1e-17)), float(advanced(-1.0, np.inf, 0.0))
+    Rounding a to a multiple of 1e-16 would add up over a million steps.
+
+    >>> float(advanced(-1e-17, 1.0, 1.0, 1e-17)), float(advanced(-0.1, 0.905, np.inf, 0.0))
     (1.0, inf)
     """
     x, h = np.asarray(x), np.asarray(h)
     slow = np.abs(x.real) < 0.35
-    moved = np.where(slow, expm1(np.where(slow, x, 0)), np.exp(x)) * h + inflow
+    moved = np.where(slow, expm1(np.where(slow, x, 0)), a) * h + inflow
     return np.where(slow, h + np.where(np.isfinite(h), moved, inflow), moved)
 
 

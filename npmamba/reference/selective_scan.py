@@ -16,7 +16,6 @@ from npmamba.reference.functions import (
     as_float64,
     decayed,
     discretize,
-    exponent,
     flip_time,
     phi_derivative,
     runs,
@@ -68,9 +67,9 @@ def _add_at(dB: Any, t: int, rows: Any, contribution: Any) -> None:
 
 
 def _steps(u: Any, Delta: Any, A: Any, B: Any, h: Any, discretization: str, seq_idx: Any) -> Iterator[Any]:
-    """Advance `h` in place, step by step; yield (t, starts, rows, decay, weight, state before, state after).
+    """Advance `h` in place, step by step; yield (t, starts, rows, exponent, decay, weight, state before, state after).
 
-    `rows` are the batch rows that have a step at time t; only they appear in the last four. `starts` are
+    `rows` are the batch rows that have a step at time t; only they appear in the last five. `starts` are
     those whose state was set to zero first.
     """
     batch, dim, seqlen = u.shape
@@ -78,11 +77,11 @@ def _steps(u: Any, Delta: Any, A: Any, B: Any, h: Any, discretization: str, seq_
     for t in range(seqlen):
         rows = valid[:, t]
         h[start[:, t]] = 0
-        a, f = discretize(Delta[rows, :, t, None], A, discretization)
+        x, a, f = discretize(Delta[rows, :, t, None], A, discretization)
         before = h[rows]
         inflow = f * _at(B, t, batch, dim)[rows] * u[rows, :, t, None]
-        h[rows] = advanced(exponent(Delta[rows, :, t, None], A), before, inflow)
-        yield t, start[:, t], rows, a, f, before, h[rows]
+        h[rows] = advanced(x, a, before, inflow)
+        yield t, start[:, t], rows, x, a, f, before, h[rows]
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -140,7 +139,7 @@ def forward(
     Delta, _ = _step_size(delta, delta_bias, delta_softplus)
     h = np.zeros((batch, *A.shape), dtype) if h is None else h.astype(dtype)
     y = np.zeros(u.shape, dtype)
-    for t, _, rows, _, _, _, after in _steps(u, Delta, A, B, h, discretization, seq_idx):
+    for t, _, rows, *_, after in _steps(u, Delta, A, B, h, discretization, seq_idx):
         y_t = (_at(C, t, batch, dim)[rows] * after).sum(-1)
         if D is not None:
             y_t = y_t + D * u[rows, :, t]
@@ -200,7 +199,7 @@ def backward(
     dA, dB, dC, dD = np.zeros_like(A), np.zeros_like(B), np.zeros_like(C), np.zeros(dim)
     finite = ~np.isinf(A)
     steps = list(_steps(u, Delta, A, B, h, discretization, seq_idx))
-    for t, starts, rows, a, f, before, after in reversed(steps):
+    for t, starts, rows, x, a, f, before, after in reversed(steps):
         u_t, Delta_t, dy = u[rows, :, t], Delta[rows, :, t, None], dout[rows, :, t]
         B_t, C_t = _at(B, t, batch, dim)[rows], _at(C, t, batch, dim)[rows]
         if z is not None:
@@ -212,12 +211,12 @@ def backward(
         _add_at(dB, t, rows, g_t * f * u_t[..., None])
         du[rows, :, t] = (g_t * f * B_t).sum(-1) + (0 if D is None else D * dy)
         dD += (dy * u_t).sum(0)
-        g_before, df = decayed(exponent(Delta_t, A), g_t), g_t * B_t * u_t[..., None]
+        g_before, df = decayed(x, a, g_t), g_t * B_t * u_t[..., None]
         p = g_before * before
         dA += (p * Delta_t).sum(0)
         dDelta_t = p * np.where(finite, A, 0)
         if discretization == "zoh":
-            dA += (df * Delta_t**2 * phi_derivative(exponent(Delta_t, A))).sum(0)
+            dA += (df * Delta_t**2 * phi_derivative(x)).sum(0)
             dDelta_t = dDelta_t + df * np.where(finite, a, 0)
         else:
             dDelta_t = dDelta_t + df

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npmamba.reference import selective_scan
-from npmamba.reference.functions import advanced, as_float64, discretize, exponent, silu, softplus
+from npmamba.reference.functions import advanced, as_float64, discretize, silu, softplus
 
 
 class SelectiveStateUpdateGradients(NamedTuple):
@@ -72,9 +72,9 @@ def forward(
     state, x, dt, A, B, C, D, z, dt_bias = (as_float64(q) for q in (state, x, dt, A, B, C, D, z, dt_bias))
     raw = dt if dt_bias is None else dt + dt_bias
     Delta = softplus(raw) if dt_softplus else raw
-    _, f = discretize(Delta[..., None], A, discretization)
+    exponent, a, f = discretize(Delta[..., None], A, discretization)
     inflow = f * _per_channel(B, *x.shape) * x[..., None]
-    new_state = advanced(exponent(Delta[..., None], A), state, inflow)
+    new_state = advanced(exponent, a, state, inflow)
     y = (_per_channel(C, *x.shape) * new_state).sum(-1)
     if D is not None:
         y = y + D * x

@@ -88,7 +88,7 @@ def an_impulse_leaves_a_decaying_trace(scan: Scan, arguments: dict[str, Any], rn
     arguments = {**arguments, "u": u, "initial_state": None}
     B, C, A = map_per_channel(arguments, "B"), map_per_channel(arguments, "C"), wide(arguments["A"])
     rule = arguments.get("discretization", "euler")
-    _, f = discretize(step_size(arguments)[..., None, s], A, rule)
+    _, _, f = discretize(step_size(arguments)[..., None, s], A, rule)
     inflow = f * wide(B[..., s]) * wide(u[..., s])[..., None]
     later = np.arange(seqlen) <= s if arguments.get("reverse") else np.arange(seqlen) >= s
     reached = later & (run == run[:, [s]]) & valid & valid[:, [s]]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.reference.functions import discretize, exponent, phi_derivative, sigmoid, silu, softplus
+from npmamba.reference.functions import discretize, phi_derivative, sigmoid, silu, softplus
 
 Array = Any
 _FUNCTION = 4.0
@@ -108,8 +108,7 @@ def step(delta: Array, delta_bias: Array, softplus_on: bool, A: Array, discretiz
         raw, signed = raw + Rounded.exact(delta_bias[:, None, None]), signed + delta_bias[:, None, None]
     Delta, slope = _step_size(raw, signed, softplus_on, smallest)
     value, rates = softplus(signed) if softplus_on else signed, A[:, :, None]
-    x = exponent(value, rates)
-    a, f = discretize(value, rates, discretization)
+    x, a, f = discretize(value, rates, discretization)
     finite = np.isfinite(rates)
     A_size = Rounded.exact(np.where(finite, rates, 0))
     x_error = A_size.size * Delta.error + 2 * np.where(np.isfinite(x), np.abs(x), 0)  # of A to base two, and product
