@@ -44,26 +44,23 @@ def pytest_report_header() -> str:
     return f"hypothesis profile: {profile} ({drawn}); --hypothesis-profile={'|'.join(PROFILES)} chooses"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Spread a run over the cores where nobody said how many processes to take (``-n``) and it pays: see `_spreads`."""
-    told = getattr(config.option, "numprocesses", 0) is not None
-    if not told and "PYTEST_XDIST_WORKER" not in os.environ and _spreads(config):
-        config.option.numprocesses = "auto"
-        if backends.missing() is None:
-            config.option.dist = "loadgroup"  # what needs the GPU stays together in one process
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Say how many processes ``-n auto`` of pyproject.toml means; None: as many as there are cores.
 
-
-def _spreads(config: pytest.Config) -> bool:
-    """Tell whether a run is of whole folders; a file or two are done before other processes have started.
-
-    A debugger needs the terminal, tests that are asked for by ``-m gpu`` share one device.
+    One process for files and names, which are done before others have started; where the terminal is needed; and for
+    ``-m gpu``, as there is one device.
     """
     option = config.option
-    folders = all((config.invocation_params.dir / place).is_dir() for place in config.args)
-    alone = option.usepdb or option.trace or option.capture == "no" or option.collectonly
-    chosen = option.keyword or getattr(option, "lf", False) or _wants_gpu(option.markexpr)
-    return folders and not alone and not chosen and option.dist == "no" and not option.tx
+    if any(word.startswith(("-n", "--numprocesses")) for word in config.invocation_params.args):
+        return None
+    files = not all((config.invocation_params.dir / place).is_dir() for place in config.args)
+    alone = option.trace or option.capture == "no" or option.collectonly
+    if files or alone or option.keyword or getattr(option, "lf", False) or _wants_gpu(option.markexpr):
+        return 0
+    if backends.missing() is None:
+        option.dist = "loadgroup"  # what needs the GPU stays together in one process
+    return None
 
 
 def _wants_gpu(markexpr: str) -> bool:
