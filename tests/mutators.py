@@ -19,7 +19,7 @@ OPERATORS = {
     ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"),
     ast.NotIn: ("not in", "in"),
 }  # fmt: skip
-SWAPPED = {"fma", "select", "divide", "range", "matmul", "exponent", "decay_factor", "power", "_product", "_join"}
+SWAPPED = {"fma", "select", "divide", "range", "matmul", "exponent", "decay_factor", "_product", "_join", "state_step"}
 """Functions of which the last two arguments are of one kind; elsewhere a swap would fail at once."""
 SPEED = {"prefetch", "prefetch_near", "prefetch_rows", "apart"}
 COMPILER = {"njit", "register_jitable", "infer_global", "lower_builtin", "overload", "register_at_fork"}
@@ -30,7 +30,9 @@ COMPILED = {
     "npmamba/cpu/cache.py": "",
 }
 """Files of which only the named functions run without the compiler."""
-COMPILED_FUNCTIONS = {"npmamba/scalar.py": {"log1p_polynomial"}, "npmamba/cpu/runtime.py": {"_compile"}}
+COMPILED_FUNCTIONS = {
+    "npmamba/scalar.py": {"log1p_polynomial", "exp2m1_series"}, "npmamba/cpu/runtime.py": {"_compile"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
