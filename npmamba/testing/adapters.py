@@ -27,10 +27,9 @@ def _to(library: str, device: str | None) -> Callable[[np.ndarray], Any]:
     if library == "torch":
         torch = importlib.import_module("torch")
         return lambda x: _torch_array(torch, x).to(device or "cpu")
-    if library == "jax":
-        return importlib.import_module("jax.numpy").array
-    if library == "cupy":
-        return importlib.import_module("cupy").array
+    if library in ("jax", "cupy"):
+        array = importlib.import_module("jax.numpy" if library == "jax" else "cupy").array
+        return lambda x: array(np.asarray(x, x.dtype.newbyteorder("=")))
     return lambda x: x
 
 
@@ -127,6 +126,8 @@ def adapted(
     def call(**arguments: Any) -> Any:
         given = {named.get(name, name): give(name, x) for name, x in arguments.items()}
         out = as_numpy(fn(**given, **fixed))
+        if "state" in arguments:  # a step changes it in place; the function was given a copy
+            arguments["state"][...] = as_numpy(given[named.get("state", "state")])
         if not turned:
             return out
         if hasattr(out, "_asdict"):

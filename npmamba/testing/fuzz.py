@@ -42,7 +42,7 @@ def named(target: str) -> Callable[..., Any]:
 def _restrictions(without: list[str]) -> dict[str, Any]:
     """Turn options that are not to be asked into restrictions of the cases."""
     values: dict[str, Any] = {"seq_idx": None, "activation": None, "discretization": "euler"}
-    groups = {"layouts": ("layouts", ("C",))}
+    groups = {"layouts": ("layouts", ("C",))}  # float64 is an argument of check_scan and goes through as it is
     found: dict[str, Any] = {}
     for name in without:
         key, value = groups.get(name, (name, values.get(name, False)))
@@ -64,12 +64,15 @@ def run(args: argparse.Namespace) -> tuple[str, bool]:
     chosen: dict[str, Any] = {"dtype": args.dtype, "max_examples": args.examples, "seed": args.seed}
     if args.operation == "scan" and args.discretization:
         chosen["discretization"] = args.discretization
-    if args.operation == "scan" and args.maps:
+    if args.operation != "conv1d" and args.maps:
         chosen |= {"B": args.maps, "C": args.maps}
     if args.operation == "scan":
         chosen["nonfinite"] = args.nonfinite
-    if args.backward:
-        chosen["backward"] = kernel(args.backward)
+    for name in ("backward", "step"):
+        if getattr(args, name):
+            chosen[name] = kernel(getattr(args, name))
+    sizes = ("batches", "dims", "lengths", "dstates", "widths", "max_size", "magnitudes")
+    chosen |= {name: getattr(args, name) for name in sizes if getattr(args, name)}
     if plain:
         chosen["target"] = args.target
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from npmamba.testing.capabilities import is_given
 from npmamba.testing.law import Results, Scan, Unsuited, law, tolerance
 from npmamba.testing.law_tools import (
     after,
@@ -99,6 +100,16 @@ def reverse_is_a_flip_before_and_after(scan: Scan, arguments: dict[str, Any], rn
     compare(scan, scan(arguments), Results(flipped.y[..., ::-1], flipped.last_state), arguments, bits=True)
 
 
+_STEP_NAMES = {"u": "x", "delta": "dt", "delta_bias": "dt_bias", "delta_softplus": "dt_softplus"}
+
+
+def _one_step(arguments: dict[str, Any], t: int) -> dict[str, Any]:
+    """Return what a step takes at time `t`, by its names; what is at its default is left out."""
+    left_out = ("initial_state", "seq_idx", "reverse")
+    asked = {name: x for name, x in arguments.items() if is_given(arguments, name) and name not in left_out}
+    return {_STEP_NAMES.get(n, n): x[..., t] if is_timed(arguments, n) else x for n, x in asked.items()}
+
+
 @law("step", only=any_step)
 def a_scan_is_its_steps(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """One step after the other, with a state that is changed in place, is the scan: what generation does token by
@@ -113,12 +124,7 @@ def a_scan_is_its_steps(scan: Scan, arguments: dict[str, Any], rng: np.random.Ge
     step = scan.capabilities.step
     assert step is not None
     for t in range(seqlen)[:: -1 if arguments.get("reverse") else 1]:
-        z = None if arguments.get("z") is None else arguments["z"][..., t]
-        y[..., t] = step(
-            state, arguments["u"][..., t], arguments["delta"][..., t], arguments["A"], arguments["B"][..., t],
-            arguments["C"][..., t], arguments.get("D"), z, arguments.get("delta_bias"),
-            bool(arguments.get("delta_softplus")), discretization=arguments.get("discretization", "euler"),
-        )  # fmt: skip
+        y[..., t] = step(state=state, **_one_step(arguments, t))
     compare(scan, Results(y, state), scan(arguments), arguments, bits=True)
 
 
