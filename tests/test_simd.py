@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
+from numba import config, njit
 from numba.core.errors import TypingError
 
 from npmamba.cpu import simd
 from npmamba.cpu.runtime import Int, Kernel, Read, ReadInt, Write, kernel
-from npmamba.cpu.simd import LANES, load, pick, prefetch, store, total, width
+from npmamba.cpu.simd import LANES, accumulate, load, pick, prefetch, store, total, width
 from npmamba.scalar import cast, fma, select, sqrt
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
@@ -135,8 +135,39 @@ def test_fma_rounds_once(dtype):
 def test_pick_reads_one_number_and_takes_its_index_as_it_is(dtype):
     numbers = np.arange(8, dtype=dtype)
     read = njit(lambda a, i: pick(a[4:], i))
-    assert [read(numbers, i) for i in (0, 3, -1)] == [4, 7, 3]
+    assert [read(numbers, i) for i in (0, 3)] == [4, 7]
+    if not config.BOUNDSCHECK:
+        assert read(numbers, -1) == 3
     assert pick(numbers, 5) == 5
+
+
+@DTYPES
+def test_places_outside_an_array_are_found_where_numba_is_told_to_check(dtype):
+    """What ``NUMBA_BOUNDSCHECK=1`` says for all kernels. Lanes that are not touched may lie anywhere."""
+    lanes = LANES[np.dtype(dtype)]
+    x, sums = np.zeros((2, lanes + 5), dtype), np.zeros((2, lanes + 5))
+    functions = [
+        njit(lambda x, s, i, j, n: total(load(x, (i, j), n)), boundscheck=True),
+        njit(lambda x, s, i, j, n: store(x, (i, j), load(x, (0, 0)), n), boundscheck=True),
+    ]
+    for f in functions:
+        for place in [(0, 0, lanes), (1, 5, lanes), (1, 5, 99), (1, lanes + 4, 1), (0, 99, 0), (7, -9, -1)]:
+            f(x, sums, *place)
+        for place in [(0, 6, lanes), (0, 6, 99), (1, lanes + 5, 1), (0, -1, 2), (2, 0, 1), (-1, 0, 1)]:
+            with pytest.raises(IndexError):
+                f(x, sums, *place)
+    whole = [
+        njit(lambda x, s, i, j: total(load(x, (i, j))), boundscheck=True),
+        njit(lambda x, s, i, j: store(x, (i, j), load(x, (0, 0))), boundscheck=True),
+        njit(lambda x, s, i, j: accumulate(s, (i, j), load(x, (0, 0))), boundscheck=True),
+        njit(lambda x, s, i, j: pick(s, (i, j + lanes - 1)), boundscheck=True),
+        njit(lambda x, s, i, j: pick(s[i, :], j + lanes - 1), boundscheck=True),
+    ]
+    for g in whole:
+        g(x, sums, 1, 5)
+        for outside in [(1, 6), (1, -lanes)]:
+            with pytest.raises(IndexError):
+                g(x, sums, *outside)
 
 
 @DTYPES

@@ -80,8 +80,8 @@ class KernelCache(FunctionCache):
         self._cache_file = _Files(str(folder()), f"{stem}.{version}", folder().name)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        """The folder stands for all sources, the file for the kernel's name; what is left is types and processor."""
-        return sig, codegen.magic_tuple()
+        """The folder stands for all sources, the file for the kernel's name; left are types, processor and checks."""
+        return sig, codegen.magic_tuple(), bool(numba.config.BOUNDSCHECK)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled overload for `sig`, or None if it is absent or damaged."""

@@ -2,7 +2,8 @@
 
 `load` reads a vector of `LANES` neighbouring numbers, ``+ - * /`` and the primitives of `npmamba.scalar` work on it
 lane by lane, `store` writes it back. Both take a count, so that the last channels need no second loop. With the
-compiler switched off (``NUMBA_DISABLE_JIT=1``) the same kernels run on short NumPy arrays.
+compiler switched off (``NUMBA_DISABLE_JIT=1``) the same kernels run on short NumPy arrays; with ``NUMBA_BOUNDSCHECK=1``
+a place outside its array is an IndexError, for vectors as for numbers.
 
 Why a type of our own: LLVM cannot prove that the arrays of a scan do not overlap, so it does not vectorize its loops,
 and `math.exp` stays a scalar call. The polynomials are minimax fits (relative error at most 1.1e-7 for `exp2`,
@@ -181,14 +182,33 @@ def any_lane(mask: Any) -> bool:
     return bool(np.any(mask))
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+def _pointer(context: Any, builder: ir.IRBuilder, sig: Any, args: Any, count: ir.Value | int = 0) -> ir.Value:
+    """Return the address of ``a[index]``, from which `count` numbers are read or written."""
     array_type, index_type = sig.args[:2]
     struct = context.make_array(array_type)(context, builder, args[0])
     indices = [
         context.cast(builder, index, t, types.intp)
         for index, t in zip(cgutils.unpack_tuple(builder, args[1]), index_type, strict=True)
     ]
+    if context.enable_boundscheck:
+        count = context.get_constant(types.intp, count) if isinstance(count, int) else count
+        _check_place(context, builder, cgutils.unpack_tuple(builder, struct.shape), indices, count)
     return cgutils.get_item_pointer(context, builder, array_type, struct, indices, wraparound=False)
+
+
+def _check_place(context: Any, builder: ir.IRBuilder, shape: list[ir.Value], indices: Any, count: ir.Value) -> None:
+    """Raise an IndexError unless `count` numbers from `indices` on lie in one row; only for ``NUMBA_BOUNDSCHECK=1``."""
+    with builder.if_then(builder.icmp_signed(">", count, count.type(0))):
+        last = builder.add(indices[-1], builder.sub(count, count.type(1)))
+        for index, length in zip([*indices, last], [*shape, shape[-1]], strict=True):
+            cgutils.do_boundscheck(context, builder, index, length)
+
+
+def _up_to(context: Any, builder: ir.IRBuilder, count: ir.Value, count_type: Any, lanes: int) -> ir.Value:
+    """Return the smaller one of `count` and `lanes`, as an intp."""
+    count = context.cast(builder, count, count_type, types.intp)
+    most = context.get_constant(types.intp, lanes)
+    return builder.select(builder.icmp_signed("<", count, most), count, most)
 
 
 def _is_place(a: Any, index: Any) -> bool:
@@ -203,23 +223,25 @@ def _lane_mask(context: Any, builder: ir.IRBuilder, count: ir.Value, count_type:
 
 def _emit_load(context, builder, sig, args):
     vector = _llvm_type(sig.return_type)
-    align = sig.args[0].dtype.bitwidth // 8
-    pointer = builder.bitcast(_pointer(context, builder, sig, args), vector.as_pointer())
+    align, lanes = sig.args[0].dtype.bitwidth // 8, sig.return_type.lanes
+    count = lanes if len(args) == 2 else _up_to(context, builder, args[2], sig.args[2], lanes)
+    pointer = builder.bitcast(_pointer(context, builder, sig, args, count), vector.as_pointer())
     if len(args) == 2:
         return builder.load(pointer, align=align)
-    mask = _lane_mask(context, builder, args[2], sig.args[2], sig.return_type.lanes)
+    mask = _lane_mask(context, builder, args[2], sig.args[2], lanes)
     operands = [pointer, ir.Constant(I32, align), mask, ir.Constant(vector, None)]
     return _call(builder, f"llvm.masked.load.{_suffix(sig.return_type)}.p0", vector, operands)
 
 
 def _emit_store(context, builder, sig, args):
     vector = sig.args[2]
-    align = sig.args[0].dtype.bitwidth // 8
-    pointer = builder.bitcast(_pointer(context, builder, sig, args), _llvm_type(vector).as_pointer())
+    align, lanes = sig.args[0].dtype.bitwidth // 8, vector.lanes
+    count = lanes if len(args) == 3 else _up_to(context, builder, args[3], sig.args[3], lanes)
+    pointer = builder.bitcast(_pointer(context, builder, sig, args, count), _llvm_type(vector).as_pointer())
     if len(args) == 3:
         builder.store(args[2], pointer, align=align)
     else:
-        mask = _lane_mask(context, builder, args[3], sig.args[3], vector.lanes)
+        mask = _lane_mask(context, builder, args[3], sig.args[3], lanes)
         operands = [args[2], pointer, ir.Constant(I32, align), mask]
         _call(builder, f"llvm.masked.store.{_suffix(vector)}.p0", ir.VoidType(), operands)
     return context.get_dummy_value()
@@ -227,7 +249,7 @@ def _emit_store(context, builder, sig, args):
 
 def _emit_accumulate(context, builder, sig, args):
     wide = ir.VectorType(ir.DoubleType(), sig.args[2].lanes)
-    pointer = builder.bitcast(_pointer(context, builder, sig, args), wide.as_pointer())
+    pointer = builder.bitcast(_pointer(context, builder, sig, args, wide.count), wide.as_pointer())
     value = args[2] if args[2].type == wide else builder.fpext(args[2], wide)
     builder.store(builder.fadd(builder.load(pointer, align=8), value), pointer, align=8)
     return context.get_dummy_value()
@@ -240,9 +262,12 @@ def _accumulate_result(a, index, value):
 
 def _emit_pick(context, builder, sig, args):
     if isinstance(sig.args[1], types.BaseTuple):
-        return builder.load(_pointer(context, builder, sig, args))
+        return builder.load(_pointer(context, builder, sig, args, 1))
     struct = context.make_array(sig.args[0])(context, builder, args[0])
-    return builder.load(builder.gep(struct.data, [context.cast(builder, args[1], sig.args[1], types.intp)]))
+    index = context.cast(builder, args[1], sig.args[1], types.intp)
+    if context.enable_boundscheck:
+        cgutils.do_boundscheck(context, builder, index, builder.extract_value(struct.shape, 0))
+    return builder.load(builder.gep(struct.data, [index]))
 
 
 def _pick_result(a, i):
