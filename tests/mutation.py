@@ -23,6 +23,7 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -67,7 +68,9 @@ TESTS = {  # the first pattern that fits; {} is the file's own name
 }
 KERNELS = "selective_scan scan_row scan_tile schedule selective_state_update causal_conv1d conv_tile rms_norm lines"
 HELD = {f"npmamba/cpu/{name}.py" for name in KERNELS.split()}
-SLOWEST, FIRST = 5.0, 3.0  # seconds: tests above the one are left out, the first few take up to the other
+SLOWEST, FIRST, MOST = 5.0, 2.0, 10.0  # seconds: of a test, of the first few, and of all that a mutant meets
+THINNED = {"test_selective_scan.py"}  # of a test of many variants, eight will do
+LONG = ["thread", "million", "65535", "without_the_compiler", "largest_state"]
 LIBRARIES = "numpy scipy.linalg scipy.signal scipy.integrate scipy.special numba numba.extending hypothesis.strategies"
 LIBRARIES += " hypothesis.internal.conjecture.engine pytest mpmath ml_dtypes coverage safetensors.numpy"
 
@@ -94,6 +97,11 @@ def _too_slow(_: int, frame: Any) -> None:
     raise TimeoutError("this test is too slow to be of use here")
 
 
+def _is_long(name: str) -> bool:
+    """Tell whether a test says in its name that it is slow without the compiler, where threads take turns."""
+    return any(word in name for word in LONG)
+
+
 class Run:
     """A plugin of pytest: chooses and orders tests, gives each its time, and writes down what happened."""
 
@@ -105,14 +113,19 @@ class Run:
     def pytest_configure(self, config: Any) -> None:
         from hypothesis import Phase, settings
 
-        # always the same examples, as tests/conftest.py has it, but ten; and a failure need not be made small
+        # the profile of tests/conftest.py for slow kernels, with more examples; a failure need not be made small
         phases = (Phase.explicit, Phase.generate)
-        settings.register_profile("mutation", settings.default, phases=phases, max_examples=10)
-        settings.load_profile("mutation")
+        settings.register_profile("few", settings.default, phases=phases, max_examples=8)
+        settings.load_profile("few")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        if self.chosen is None:  # without the compiler threads take turns, which is slow, and shows nothing
-            items[:] = [x for x in items if "thread" not in x.name or "test_runtime" in x.nodeid]
+        if self.chosen is None:
+            items[:] = [item for item in items if "test_runtime" in item.nodeid or not _is_long(item.name)]
+            names = [item.nodeid.partition("[")[0] for item in items]
+            items[:] = [
+                item for i, (item, name) in enumerate(zip(items, names, strict=True))
+                if item.path.name not in THINNED or names[:i].count(name) % -(-names.count(name) // 8) == 0
+            ]  # fmt: skip
         else:
             order = {name: i for i, name in enumerate(self.chosen)}
             items[:] = sorted((x for x in items if x.nodeid in order), key=lambda x: order[x.nodeid])
@@ -237,6 +250,8 @@ class Workplace:
                         reached[name] = test["seconds"]
         chosen = reached or (everything if imported else {})
         order = sorted(chosen, key=lambda name: (chosen[name] + 0.01) / (1 + telling[name]))
+        times = itertools.accumulate(chosen[name] for name in order)
+        order = [name for name, spent in zip(order, times, strict=True) if spent <= MOST]
         first, spent = dict[str, float](), 0.0
         for name in order:
             if name.partition("::")[0] == order[0].partition("::")[0] and spent + chosen[name] < FIRST:

@@ -100,3 +100,28 @@ def test_complex_step_errors():
     with pytest.raises(ValueError, match=r"f must return a scalar, got shape \(2,\)"):
         complex_step_gradient(lambda x: x, np.ones(2))
     assert check_complex_step(lambda x: 0 * x.sum(), np.ones(2), np.zeros(2)) == 0.0
+
+
+def directions(**options):
+    """Return what `check_vjp` calls a function with, as bytes: the points that its directions lead to."""
+    seen = []
+
+    @primitive
+    def f(x):
+        seen.append(x.tobytes())
+        return 2 * x, None
+
+    f.vjp(lambda dout, saved: (2 * dout,))
+    check_vjp(f, np.ones(3), **options)
+    return seen
+
+
+def test_directions_are_the_same_every_time_unless_another_source_is_given():
+    assert directions() == directions()
+    assert directions(rng=5) == directions(rng=np.random.default_rng(5))
+    assert directions(rng=5) != directions()
+
+
+def test_an_error_as_large_as_allowed_passes_and_lists_of_whole_numbers_are_points():
+    assert check_complex_step(lambda x: 3 * x.sum(), [1, 2], [3, 3], rtol=0.0) == 0.0
+    assert complex_step_gradient(lambda x: x * x, [1, 2], [1, 1]).tolist() == [2.0, 4.0]

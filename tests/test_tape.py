@@ -356,3 +356,18 @@ def test_the_page_on_the_tape_is_true():
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.attempted > 5
     assert result.failed == 0
+
+
+def test_a_primitive_keeps_the_name_and_the_text_of_its_function():
+    assert polar.__name__ == "polar"
+    assert polar.__doc__ == "Point of the plane with radius `r` and `angle`."
+    assert list(inspect.signature(polar).parameters) == ["r", "angle", "save"]
+
+
+def test_a_gradient_may_have_another_byte_order_but_no_other_dtype():
+    double = primitive(lambda x: (2 * x, None))
+    double.vjp(lambda dout, saved: ((2 * dout).astype(">f8"),))
+    assert pullback(double, np.ones(2))[1](np.ones(2))[0].tolist() == [2.0, 2.0]
+    double.vjp(lambda dout, saved: ((2 * dout).astype(">f4"),))
+    with pytest.raises(TypeError, match="the gradient of x must be float64, got >f4"):
+        pullback(double, np.ones(2))[1](np.ones(2))
