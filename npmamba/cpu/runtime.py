@@ -88,7 +88,8 @@ class Kernel:
     def __getitem__(self, dtype: Any) -> Callable[..., None]:
         dtype = np.dtype(dtype)
         if dtype not in self._compiled:
-            self._compiled[dtype] = self.function if config.DISABLE_JIT else self._compile(dtype)
+            plain = np.errstate(all="ignore")(self.function)  # NumPy would warn of what compiled code does silently
+            self._compiled[dtype] = plain if config.DISABLE_JIT else self._compile(dtype)
         return self._compiled[dtype]
 
     def _compile(self, dtype: np.dtype) -> Callable[..., None]:
