@@ -18,6 +18,7 @@ from npmamba.autodiff.check import check_vjp
 from npmamba.autodiff.tape import pullback
 from npmamba.cpu import causal_conv1d as cpu
 from npmamba.cpu import runtime
+from npmamba.cpu.simd import LANES
 from npmamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update
 from npmamba.reference import causal_conv1d as reference
 
@@ -93,6 +94,25 @@ def test_a_window_may_be_longer_than_a_tile_and_than_the_sequence(width, seqlen,
     arguments = drawn(1, 2, 3, seqlen, width, **ON, seq_idx=seq_idx)
     for found, wanted in zip(both(*arguments), both_by_reference(*arguments), strict=True):
         assert error(found, wanted) <= 1e-12
+
+
+def assert_is_the_reference(case, dout, dlast):
+    for found, wanted in zip(both(case, dout, dlast), both_by_reference(case, dout, dlast), strict=True):
+        assert (found is None) == (wanted is None)
+        assert found is None or error(found, wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("begins", range(cpu.TILE - 4, cpu.TILE + 5))
+def test_a_sequence_may_begin_anywhere_about_the_border_of_a_tile(begins):
+    """Width 4 has loops of its own for tiles where no step, nor any of the three that follow, lacks a tap."""
+    case, dout, dlast = drawn(0, 1, 3, 3 * cpu.TILE, 4, **ON)
+    assert_is_the_reference({**case, "seq_idx": (np.arange(3 * cpu.TILE) >= begins).astype(int)[None]}, dout, dlast)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_there_may_be_more_channels_than_one_block_has(width):
+    dim = cpu.BLOCK_VECTORS * LANES[np.dtype(np.float64)] + 3
+    assert_is_the_reference(*drawn(0, 1, dim, 5, width, **ON))
 
 
 def test_the_primitive_passes_the_check_of_its_gradient():
