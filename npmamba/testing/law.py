@@ -93,25 +93,17 @@ class Law:
 
     name: str
     statement: str
-    body: Callable[[Scan, dict[str, Any], np.random.Generator], None] = field(repr=False)
+    body: Callable[[Any, dict[str, Any], np.random.Generator], None] = field(repr=False)
     needs: tuple[str, ...] = ()
     only: Callable[[dict[str, Any]], str] = field(default=lambda arguments: "", repr=False)
+    kind: type[Candidate] = field(default_factory=lambda: Scan, repr=False)
 
     def why_skipped(self, arguments: dict[str, Any], capabilities: Capabilities) -> str:
         """Return why the law cannot be checked on these arguments, or "" if it can."""
         for word in self.needs:
             if not capabilities.can(word):
-                return f"the scan has no {word}"
-        for name in OPTIONS:
-            if is_given(arguments, name) and name != "discretization" and not capabilities.can(name):
-                return f"the case has {name}, which the scan does not take"
-        for word in (arguments.get("discretization", "euler"), *(MAPS[np.ndim(arguments[n])] for n in "BC")):
-            if not capabilities.can(word):
-                return f"the case has {word}, which the scan does not know"
-        for name in ARRAYS:
-            if arguments.get(name) is not None and not np.isfinite(arguments[name]).all():
-                return f"the case has a {name} that is not finite"
-        return self.only(arguments)
+                return f"the {self.kind.what} has no {word}"
+        return self.kind.refused(arguments, capabilities) or self.only(arguments)
 
     def check(
         self,
@@ -148,23 +140,25 @@ class Law:
         capabilities: Capabilities | None = None,
     ) -> Outcome:
         """Try to break the law, as `check` does, and tell more: why it was skipped, and how near it came."""
-        capabilities = Capabilities.of(fn) if capabilities is None else capabilities
+        capabilities = self.kind.read_off(fn) if capabilities is None else capabilities
         reason = self.why_skipped(arguments, capabilities)
         if reason:
             return Outcome(None, reason, 0.0)
-        scan = Scan(fn, capabilities)
+        candidate = self.kind(fn, capabilities)
         try:
             with np.errstate(all="ignore"):
-                self.body(scan, dict(arguments), rng)
+                self.body(candidate, dict(arguments), rng)
         except Unsuited as unsuited:
             return Outcome(None, str(unsuited), 0.0)
         except Broken as broken:
             violation = replace(broken.violation, law=self.name)
-            return Outcome(violation, "", max(scan.worst, violation.error))
-        return Outcome(None, "", scan.worst)
+            return Outcome(violation, "", max(candidate.worst, violation.error))
+        return Outcome(None, "", candidate.worst)
 
 
-def law(*needs: str, only: Callable[[dict[str, Any]], str] | None = None) -> Callable[[Any], Law]:
+def law(
+    *needs: str, only: Callable[[dict[str, Any]], str] | None = None, kind: type[Candidate] | None = None
+) -> Callable[[Any], Law]:
     """Make a `Law` of a function ``(scan, arguments, rng)`` that raises `Broken`, through the scan's `close` and
     `same`.
 
@@ -174,10 +168,12 @@ def law(*needs: str, only: Callable[[dict[str, Any]], str] | None = None) -> Cal
         What the scan has to be able to: words that `Capabilities.can` knows.
     only : callable, optional
         From arguments to the reason why the law says nothing about them, or "".
+    kind : type, optional
+        What the law is about: `Scan`, unless told otherwise.
     """
 
     def make(body: Any) -> Law:
-        return Law(body.__name__, inspect.getdoc(body) or "", body, needs, only or (lambda arguments: ""))
+        return Law(body.__name__, inspect.getdoc(body) or "", body, needs, only or (lambda arguments: ""), kind or Scan)
 
     return make
 
@@ -227,12 +223,74 @@ def _distance(got: Any, expected: Any, allowed: Any) -> Any:
     return np.where(same, 0.0, np.where(np.isnan(off), np.inf, off))
 
 
-class Scan:
-    """The scan under test: calls it with what it takes, and compares what it returns."""
+class Candidate:
+    """What is under test: a function, how to call it, and how far its answers were from each other at worst."""
+
+    what = "function"
 
     def __init__(self, fn: Callable[..., Any], capabilities: Capabilities) -> None:
         self.fn, self.capabilities, self.worst = fn, capabilities, 0.0
         self.can = capabilities.can
+
+    @staticmethod
+    def read_off(fn: Callable[..., Any]) -> Capabilities:
+        """Return what a function can be asked, as its signature tells."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refused(arguments: dict[str, Any], capabilities: Capabilities) -> str:
+        """Return why a case cannot be asked, or ""."""
+        raise NotImplementedError
+
+    def _call(self, fn: Callable[..., Any], given: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        try:
+            return fn(**given)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            what = f"the call raised {type(error).__name__}: {error}"
+            raise Broken(what, None, None, np.inf, arguments) from error
+
+    def _expect_shape(self, what: str, got: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        if np.shape(got) != tuple(shape):
+            raise Broken(f"{what} has shape {np.shape(got)}, not {tuple(shape)}", None, got, np.inf, arguments)
+
+    def close(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
+        """Raise `Broken` where `got` is farther from `expected` than `allowed`."""
+        expected = np.broadcast_to(expected, np.shape(got))
+        distance = _distance(np.asarray(got, np.float64), np.asarray(expected, np.float64), allowed)
+        error = float(np.max(distance, initial=0.0))
+        self.worst = max(self.worst, error)
+        if not error <= 1:
+            where = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
+            raise Broken(f"{what} is off", expected, got, error, arguments, where)
+
+    def same(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
+        """Raise `Broken` if bits differ, where the candidate promises bits; else like `close`."""
+        self.close(what, got, expected, allowed, arguments)
+        if self.capabilities.same_bits and _native(got).tobytes() != _native(expected).tobytes():
+            raise Broken(f"{what} has other bits", expected, got, self.worst, arguments)
+
+
+class Scan(Candidate):
+    """The scan under test: calls it with what it takes, and compares what it returns."""
+
+    what = "scan"
+    read_off = staticmethod(Capabilities.of)
+
+    @staticmethod
+    def refused(arguments: dict[str, Any], capabilities: Capabilities) -> str:
+        """Return why the scan cannot be asked a case, or ""."""
+        for name in OPTIONS:
+            if is_given(arguments, name) and name != "discretization" and not capabilities.can(name):
+                return f"the case has {name}, which the scan does not take"
+        for word in (arguments.get("discretization", "euler"), *(MAPS[np.ndim(arguments[n])] for n in "BC")):
+            if not capabilities.can(word):
+                return f"the case has {word}, which the scan does not know"
+        for name in ARRAYS:
+            if arguments.get(name) is not None and not np.isfinite(arguments[name]).all():
+                return f"the case has a {name} that is not finite"
+        return ""
 
     def __call__(self, arguments: dict[str, Any]) -> Results:
         """Return y and the last state; None for the latter if the scan has none."""
@@ -265,32 +323,3 @@ class Scan:
     def _given(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = [*REQUIRED, *(name for name in OPTIONS if self.can(name) and is_given(arguments, name))]
         return {name: arguments[name] for name in names}
-
-    def _call(self, fn: Callable[..., Any], given: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        try:
-            return fn(**given)
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            what = f"the call raised {type(error).__name__}: {error}"
-            raise Broken(what, None, None, np.inf, arguments) from error
-
-    def _expect_shape(self, what: str, got: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        if np.shape(got) != tuple(shape):
-            raise Broken(f"{what} has shape {np.shape(got)}, not {tuple(shape)}", None, got, np.inf, arguments)
-
-    def close(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
-        """Raise `Broken` where `got` is farther from `expected` than `allowed`."""
-        expected = np.broadcast_to(expected, np.shape(got))
-        distance = _distance(np.asarray(got, np.float64), np.asarray(expected, np.float64), allowed)
-        error = float(np.max(distance, initial=0.0))
-        self.worst = max(self.worst, error)
-        if not error <= 1:
-            where = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
-            raise Broken(f"{what} is off", expected, got, error, arguments, where)
-
-    def same(self, what: str, got: Any, expected: Any, allowed: Any, arguments: dict[str, Any]) -> None:
-        """Raise `Broken` if bits differ, where the scan promises bits; else like `close`."""
-        self.close(what, got, expected, allowed, arguments)
-        if self.capabilities.same_bits and _native(got).tobytes() != _native(expected).tobytes():
-            raise Broken(f"{what} has other bits", expected, got, self.worst, arguments)

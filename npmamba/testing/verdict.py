@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,10 +29,14 @@ from npmamba.reference import causal_conv1d, selective_scan
 from npmamba.testing import strategies, tolerance
 from npmamba.testing.cases import ConvCase, ScanCase, UpdateCase, given
 from npmamba.testing.comparison import Difference, compare, difference, outputs, takes
+from npmamba.testing.conv_gradient_laws import CONV_GRADIENT_LAWS
+from npmamba.testing.conv_laws import CONV_LAWS
+from npmamba.testing.conv_tools import Conv
 from npmamba.testing.gradient_laws import GRADIENT_LAWS
-from npmamba.testing.law import MAPS, Broken, Scan
+from npmamba.testing.law import MAPS, Broken, Law, Scan
 from npmamba.testing.laws import LAWS, Capabilities
 from npmamba.testing.oracles import exact_conv, exact_scan, exact_update
+from npmamba.testing.step_laws import STEP_LAWS, as_scan, scan_case
 
 Case = Any
 
@@ -202,46 +206,55 @@ def check_scan(
             _judge(one, case, report)
         if capabilities.backward is not None and not case.special:
             _judge_gradients(scan, case, dtype, report)
-        for law in laws:
-            outcome = law.examine(fn, arguments, np.random.default_rng(case.seed), capabilities)
-            if outcome.violation is not None:
-                raise Counterexample(str(outcome.violation), case)
-            report.held[law.name] += not outcome.skipped
-            report.skipped[outcome.skipped] += outcome.skipped.startswith("the scan")
+        _try_laws(laws, fn, arguments, capabilities, case, report)
 
-    report = _search("selective_scan", examine, cases, dtype, max_examples, seed, target)
-    report.held, report.skipped = +report.held, +report.skipped
-    return report
+    return _search("selective_scan", examine, cases, dtype, max_examples, seed, target)
 
 
 def check_conv1d(
     fn: Callable[..., Any],
     *,
     backward: Callable[..., Any] | None = None,
+    step: Callable[..., Any] | None = None,
     dtype: Any = np.float32,
+    nonfinite: bool = False,
+    float64: bool = True,
     max_examples: int = 200,
     seed: int | None = None,
+    capabilities: Capabilities | None = None,
     target: str | None = None,
     **restrictions: Any,
 ) -> Report:
     """Try to break a causal convolution, called as ``npmamba.causal_conv1d`` is; the rest as for `check_scan`.
 
+    `step` is like ``npmamba.causal_conv1d_update``: it changes the state it is given. The laws stand in
+    `npmamba.testing.conv_laws` and `conv_gradient_laws`.
+
     >>> import npmamba
-    >>> check_conv1d(npmamba.causal_conv1d, max_examples=10, seed=0, max_size=300).examples
-    10
+    >>> report = check_conv1d(npmamba.causal_conv1d, max_examples=10, seed=0, max_size=300)
+    >>> report.examples, "the_future_does_not_reach_the_past" in report.held
+    (10, True)
     """
+    known = Conv.read_off(fn) if capabilities is None else capabilities
+    capabilities = replace(
+        known, backward=backward or known.backward, step=step or known.step, nonfinite=nonfinite,
+        float64=float64 and known.float64,
+    )  # fmt: skip
     off: dict[str, Any] = {"bias": False, "activation": None, "initial_state": False, "seq_idx": None, "reverse": False}
-    cases = strategies.conv_cases(**_untaken(fn, off) | restrictions)
+    asked_for: dict[str, Any] = {"special": ("nan",) if nonfinite else False}
+    cases = strategies.conv_cases(**_untaken(fn, off) | asked_for | restrictions)
+    laws = (*CONV_LAWS, *(CONV_GRADIENT_LAWS if capabilities.backward else ()))
 
     asked = {"return_last_state": takes(fn, "return_last_state")}
 
     def examine(case: ConvCase, report: Report) -> None:
         arguments = case.arguments(dtype)
+        _try_laws(laws, fn, arguments, capabilities, case, report)
         with _raising(case):
             found = outputs(fn, arguments | asked)
         for one in compare(found, exact_conv(arguments), tolerance.conv_tolerance(arguments)):
             _judge(one, case, report)
-        if backward is not None:
+        if backward is not None and not case.special:
             dout, dlast_state = case.cotangents(dtype)
             dlast_state = dlast_state if len(found) > 1 else None
             expected = causal_conv1d.backward(dout, **arguments, dlast_state=dlast_state)
@@ -257,22 +270,33 @@ def check_state_update(
     fn: Callable[..., Any],
     *,
     dtype: Any = np.float32,
+    nonfinite: bool = False,
+    float64: bool = True,
     max_examples: int = 200,
     seed: int | None = None,
+    capabilities: Capabilities | None = None,
     target: str | None = None,
     **restrictions: Any,
 ) -> Report:
     """Try to break one step of a scan, called as ``npmamba.selective_state_update`` is: it changes `state`.
 
+    A few steps, one after the other, are a scan, of which every law of scans must hold.
+
     >>> import npmamba
-    >>> check_state_update(npmamba.selective_state_update, max_examples=10, seed=0, max_size=300).examples
-    10
+    >>> report = check_state_update(npmamba.selective_state_update, max_examples=10, seed=0, max_size=300)
+    >>> report.examples, "a_step_of_no_length_keeps_the_state" in report.held
+    (10, True)
     """
     off: dict[str, Any] = {"D": False, "z": False, "dt_bias": False, "dt_softplus": False, "discretization": "euler"}
-    cases = strategies.update_cases(**_untaken(fn, off) | restrictions)
+    asked: dict[str, Any] = {"special": ("nan",) if nonfinite else False}
+    cases = strategies.update_cases(**_untaken(fn, off) | asked | restrictions)
+    scan, known = as_scan(fn)
+    known = known if capabilities is None else capabilities
+    known = replace(known, nonfinite=nonfinite, float64=float64, maps=_maps(known, restrictions))
 
     def examine(case: UpdateCase, report: Report) -> None:
         arguments = case.arguments(dtype)
+        _try_laws(STEP_LAWS, scan, scan_case(case).arguments(dtype), known, case, report)
         with _raising(case):
             found = outputs(fn, arguments)
         for one in compare(found, exact_update(arguments), tolerance.update_tolerance(arguments)):
@@ -282,6 +306,19 @@ def check_state_update(
 
 
 # --- the search ---
+
+
+def _try_laws(
+    laws: Iterable[Law], fn: Callable[..., Any], arguments: dict[str, Any], capabilities: Capabilities, case: Case,
+    report: Report,
+) -> None:  # fmt: skip
+    """Try laws on a case; note which held, and why others were not asked."""
+    for law in laws:
+        outcome = law.examine(fn, arguments, np.random.default_rng(case.seed), capabilities)
+        if outcome.violation is not None:
+            raise Counterexample(str(outcome.violation), case)
+        report.held[law.name] += not outcome.skipped
+        report.skipped[outcome.skipped] += outcome.skipped.startswith(f"the {law.kind.what}")
 
 
 def _search(
@@ -316,6 +353,7 @@ def _search(
         broken = smallest[0]
     else:
         report.seconds = time.perf_counter() - began
+        report.held, report.skipped = +report.held, +report.skipped
         return report
     script = broken.case.script(target, dtype) if target else ""
     raise Counterexample(broken.reason, broken.case, first[0], script) from None
