@@ -127,7 +127,8 @@ def forward(op: str, check: Any, arguments: tuple[Any, ...], options: dict[str, 
     """
     cupy = sys.modules.get("cupy")
     if cupy is not None and type(arguments[0]) is cupy.ndarray:
-        results = twin(op, arguments[0]).forward.again(arguments, {**options, "save": save})
+        again = getattr(twin(op, arguments[0]).forward, "again", None)
+        results = again and again(arguments, {**options, "save": save})
         if results is not None:
             return results
     check(op, *arguments, **options)
