@@ -1,0 +1,185 @@
+"""What happens rarely: other systems and processors, files of other machines, libraries that are not there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from numba import config
+
+from npmamba import cache, doctor, files, scalar, shapes
+from npmamba.autodiff import check_vjp, primitive
+from npmamba.autodiff.tape import _total
+from npmamba.cpu import scan_row, simd
+from npmamba.reference import selective_scan as reference
+
+# --- processors ---
+
+
+def test_a_platform_whose_features_llvm_cannot_tell_has_no_avx512(monkeypatch):
+    def unknown():
+        raise RuntimeError("host features are unknown")
+
+    monkeypatch.setattr(simd.llvm, "get_host_cpu_features", unknown)
+    assert simd._host_has_avx512() is False
+
+
+def test_instructions_of_the_processor_are_not_to_be_had_in_python():
+    for call in (simd._LIBM["exp"], simd._fraction, lambda x: simd._times_power(x, x)):
+        with pytest.raises(NotImplementedError, match="only compiled code"):
+            call(np.ones(4))
+
+
+@pytest.mark.skipif(not config.DISABLE_JIT, reason="compiled kernels are made for one processor")
+@pytest.mark.parametrize("size", [1.0, 400.0], ids=["small exponents", "large exponents"])
+def test_without_avx512_large_exponents_are_looked_for(size, monkeypatch):
+    from npmamba import selective_scan
+
+    monkeypatch.setattr(scan_row, "AVX512", False)
+    rng = np.random.default_rng(0)
+    u, delta = rng.standard_normal((2, 1, 40, 6), np.float32).transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2)
+    A = -rng.uniform(0.5, 1, (40, 3)).astype(np.float32)
+    B, C = rng.standard_normal((2, 1, 3, 6), np.float32)
+    delta = np.float32(size) * np.abs(delta)
+    expected = reference.forward(u, delta, A, B, C)[0]
+    assert np.abs(selective_scan(u, delta, A, B, C) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+# --- files and folders ---
+
+
+def test_processes_are_told_dead_where_that_can_be_known(monkeypatch):
+    assert files._is_dead("1x") is False
+    assert files._is_dead(str(os.getpid())) is True
+    assert files._is_dead(str(10**30)) is True
+    monkeypatch.setattr(os, "kill", lambda pid, signal: None)
+    assert files._is_dead("1") is False
+
+    def forbidden(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    assert files._is_dead("1") is False
+    monkeypatch.setattr(os, "name", "nt")
+    assert files._is_dead("1") is False
+
+
+def test_a_folder_is_not_synced_where_that_cannot_be_done(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    files._sync_folder("no such folder")
+
+
+def test_caches_lie_where_the_system_keeps_such_files(monkeypatch):
+    for name in ("NPMAMBA_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    home = pathlib.Path.home()
+    monkeypatch.setattr(cache.sys, "platform", "linux")
+    assert cache.root() == home / ".cache" / "npmamba"
+    monkeypatch.setattr(cache.sys, "platform", "win32")
+    assert cache.root() == home / "AppData" / "Local" / "npmamba"
+    monkeypatch.setenv("LOCALAPPDATA", "local")
+    assert cache.root() == pathlib.Path("local", "npmamba")
+    monkeypatch.setenv("NPMAMBA_CACHE_DIR", "mine")
+    assert cache.root() == pathlib.Path("mine")
+
+
+def test_a_folder_is_private_where_permissions_are_not_told_by_bits(monkeypatch):
+    monkeypatch.setattr(cache, "os", types.SimpleNamespace(name="nt"))
+    assert cache.is_private(pathlib.Path("no such folder"))
+
+
+def test_what_was_sealed_is_opened_and_what_was_damaged_is_not():
+    held = cache.sealed(b"content")
+    assert cache.opened(held) == b"content"
+    with pytest.raises(ValueError, match="digest"):
+        cache.opened(held[:-1])
+
+
+# --- what this machine has ---
+
+
+def test_the_doctor_says_how_many_threads_only_where_the_matrix_library_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "numpy" / "__init__.py"))
+    assert doctor._openblas_threads() is None
+    assert "threads" not in doctor.blas()
+    libraries = tmp_path / "numpy.libs"
+    libraries.mkdir()
+    (libraries / "libopenblas.so").touch()
+    monkeypatch.setattr("ctypes.CDLL", lambda path: types.SimpleNamespace())
+    assert doctor._openblas_threads() is None
+    monkeypatch.setattr("ctypes.CDLL", lambda path: types.SimpleNamespace(openblas_get_num_threads=lambda: 3))
+    assert doctor._openblas_threads() == 3
+
+
+def test_the_doctor_names_a_processor_that_says_nothing_of_itself(monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: "flags : none\n")
+    monkeypatch.setattr(doctor.platform, "processor", lambda: "")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "riscv128")
+    assert doctor.processor().startswith("riscv128, ")
+
+
+def test_the_doctor_tests_a_device_that_is_there(monkeypatch):
+    good = lambda name: (name, doctor.GOOD, "there")  # noqa: E731
+    monkeypatch.setattr(doctor, "_cuda", lambda: [good("device")])
+    monkeypatch.setattr(doctor, "_piece", lambda name, probe: good(name))
+    monkeypatch.setattr(doctor, "scan_error", lambda library: 1e-9 if library == "cupy" else 1.0)
+    assert [state for _, state, *_ in doctor._cuda_self_test()] == [doctor.GOOD]
+    monkeypatch.setattr(doctor, "_piece", lambda name, probe: (name, doctor.BAD, "old", "renew it"))
+    assert doctor._cuda_self_test() == [("the same on CUDA", doctor.BAD, "old", "renew it")]
+
+
+# --- names and orders ---
+
+
+def test_a_gradient_check_names_arguments_that_have_no_names():
+    @primitive
+    def twice(x):
+        return 2 * x, None
+
+    @twice.vjp
+    def twice_vjp(dout, saved):
+        return (dout,)
+
+    with pytest.raises(AssertionError, match=r"the gradient of args\[1\] is wrong"):
+        check_vjp(lambda *xs: xs[0] + twice(xs[1]), np.ones(2), np.ones(2))
+
+
+class Foreign:
+    """An array of another library."""
+
+    def __init__(self, x):
+        self.x, self.ndim, self.strides, self.flags = x, x.ndim, x.strides, types.SimpleNamespace(c_contiguous=False)
+
+    def transpose(self, axes):
+        return Foreign(self.x.transpose(axes))
+
+    def __add__(self, other):
+        return Foreign(np.ascontiguousarray(self.x + other.x))  # as CuPy does
+
+
+def test_gradients_are_summed_in_their_own_order_of_memory():
+    x = np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1)
+    total = _total(Foreign(x), Foreign(x))
+    assert (total.x == 2 * x).all()
+    assert total.x.strides == x.strides
+
+
+def test_calls_are_remembered_up_to_a_limit(monkeypatch):
+    known = shapes.Known()
+    call = known.call("op", (3,), ())
+    known.add(call)
+    assert known.call("op", (3,), ()) not in known
+    assert known.call("op", (np.ones(2),), ([],)) not in known
+    monkeypatch.setattr(shapes.Known, "LIMIT", 2)
+    for n in (1, 2, 3):
+        known.add(known.call("op", (np.ones(n),), ()))
+    assert [known.call("op", (np.ones(n),), ()) in known for n in (1, 2, 3)] == [False, True, True]
+
+
+def test_formulas_of_constants_are_their_functions():
+    x = np.linspace(-0.5, 0.5, 101)
+    np.testing.assert_allclose(scalar.exp2m1_series(x), np.expm1(x * np.log(2)), rtol=1e-15, atol=1e-18)
+    np.testing.assert_allclose(scalar.log1p_polynomial(np.abs(x)), np.log1p(np.abs(x)), rtol=1e-7)
