@@ -70,7 +70,7 @@ KERNELS = "selective_scan scan_row scan_tile schedule selective_state_update cau
 HELD = {f"npmamba/cpu/{name}.py" for name in KERNELS.split()}
 SLOWEST, FIRST, MOST = 5.0, 2.0, 10.0  # seconds: of a test, of the first few, and of all that a mutant meets
 THINNED = {"test_selective_scan.py"}  # of a test of many variants, eight will do
-LONG = ["thread", "million", "65535", "without_the_compiler", "largest_state"]
+LONG = ["threads", "million", "65535", "without_the_compiler", "largest_state"]
 LIBRARIES = "numpy scipy.linalg scipy.signal scipy.integrate scipy.special numba numba.extending hypothesis.strategies"
 LIBRARIES += " hypothesis.internal.conjecture.engine pytest mpmath ml_dtypes coverage safetensors.numpy"
 

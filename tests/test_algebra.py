@@ -7,6 +7,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,6 +202,12 @@ def test_short_types_are_summed_in_single_precision(dtype):
     assert pull(ones.T)[1][0] == dtype(1000)
 
 
+def test_a_product_of_two_dtypes_is_numpys():
+    half, single = np.full((2, 3), 0.1, np.float16), np.full((3, 2), 0.1, np.float32)
+    for x, y in ((half, single), (half.T, single.T.astype(np.float64))):
+        assert same_bits(algebra.matmul(x, y), x @ y)
+
+
 def test_mixed_precision_gradients_return_to_their_argument():
     x, y = np.ones(3, np.float32), np.ones((2, 3))
     out, pull = pullback(lambda x, y: x * y, x, y)
@@ -254,6 +261,8 @@ def test_no_primitive_writes_into_its_arguments():
         (lambda x: algebra.matmul(x, 2.0), TypeError, "matmul: y must be a NumPy or CuPy array, got float"),
         (lambda x: algebra.split(x, (1, 1)), ValueError,
          r"split: sizes \(1, 1\) must add up to 3, the length of axis -1"),
+        (lambda x: algebra.split(None, (1, 2)), TypeError, "split: x must be a NumPy or CuPy array, got None"),
+        (lambda x: algebra.split(x, (1, 2), axis=x.ndim), ValueError, "split: axis must be"),
         (lambda x: algebra.split(x, (4, -1)), ValueError, r"split: sizes \(4, -1\) must"),
         (lambda x: algebra.getitem(x, [0, 1]), TypeError,
          "getitem: index must consist of integers, slices, ... and None, got list"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba.cpu import runtime
-from npmamba.cpu.dropout import BLOCK, forward
+from npmamba.cpu.dropout import BLOCK, FOURS, forward
 from npmamba.scalar import philox
 
 KEY = (1, 2, 3, 4)
@@ -42,6 +42,14 @@ def test_numbers_whose_word_is_small_fall(dtype, seed, count, rate, key):
     wide = np.float64 if dtype == np.float64 else np.float32
     expected = np.where(kept(count, rate, key), x.astype(wide) * wide(1 / (1 - rate)), wide(0)).astype(dtype)
     assert same_bits(forward(x, rate=rate, key=key), expected)
+
+
+def test_words_drawn_together_are_followed_by_the_next():
+    """For numbers beyond those whose words are drawn together, and beyond a block, the counter goes on."""
+    for count in (4 * FOURS + 9, BLOCK + 4 * FOURS + 9):
+        out = forward(np.ones(count), rate=0.5, key=KEY)
+        tail = slice(count - 30, None)
+        assert same_bits(out[tail], np.where(kept(count, 0.5, KEY)[tail], 2.0, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

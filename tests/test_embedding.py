@@ -17,6 +17,8 @@ import npmamba.ops
 from npmamba.autodiff.check import check_vjp
 from npmamba.autodiff.tape import pullback
 from npmamba.cpu import runtime
+from npmamba.cpu.embedding import BLOCK_VECTORS, TOKENS
+from npmamba.cpu.simd import LANES
 from npmamba.ops.embedding import embedding, embedding_backward
 from npmamba.reference import embedding as reference
 
@@ -66,6 +68,12 @@ def test_the_primitive_passes_the_check_of_its_gradient():
     check_vjp(lambda weight: embedding(weight, ids), weight)
     _, pull = pullback(lambda weight: embedding(weight, ids), weight)
     assert same_bits(pull(dout)[0], embedding_backward(dout, ids, 5))
+
+
+@pytest.mark.parametrize("tokens", [3, TOKENS + 3])
+def test_there_may_be_more_channels_than_one_block_has(tokens):
+    _, ids, dout = case(1, 2 * BLOCK_VECTORS * LANES[np.dtype(np.float64)] + 3, (tokens,), 1)
+    assert error(embedding_backward(dout, ids, 1), reference.backward(dout, ids, 1)) <= 1e-12
 
 
 # Laws

@@ -55,3 +55,12 @@ def test_a_product_is_divided_only_where_blas_was_told_to_use_one_thread(monkeyp
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert matmul.blas_is_serial.__wrapped__() is serial
+
+
+@pytest.mark.parametrize(("serial", "work", "threads"), [(False, 0, 2), (True, 1 << 22, 2), (True, 0, 1)])
+def test_a_product_is_left_to_blas_where_dividing_gains_nothing(monkeypatch, serial, work, threads):
+    monkeypatch.setattr(matmul, "blas_is_serial", lambda: serial)
+    monkeypatch.setattr(matmul, "SERIAL_WORK", work)
+    monkeypatch.setattr(runtime, "num_threads", lambda: threads)
+    monkeypatch.delattr(runtime, "share")
+    assert matmul.matmul(np.ones((2, 3)), np.ones((3, 4))).tolist() == [[3.0] * 4] * 2
