@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from numba import config
 
-from npmamba import cache, doctor, files, scalar, shapes
+import npmamba
+from npmamba import MambaConfig, cache, charts, doctor, files, scalar, shapes
 from npmamba.autodiff import check_vjp, primitive
 from npmamba.autodiff.tape import _total
 from npmamba.cpu import scan_row, simd
+from npmamba.cuda import requirements
 from npmamba.reference import selective_scan as reference
+from npmamba.testing.shadow import unwritten
 
 # --- processors ---
 
@@ -131,7 +134,53 @@ def test_the_doctor_tests_a_device_that_is_there(monkeypatch):
     assert doctor._cuda_self_test() == [("the same on CUDA", doctor.BAD, "old", "renew it")]
 
 
+@pytest.mark.parametrize(("number", "found", "extra"), [(13020, (13, 2), "cuda13"), (12040, (12, 4), "cuda12")])
+def test_the_driver_is_asked_for_its_release(number, found, extra, monkeypatch):
+    def version(place):
+        place._obj.value = number
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: types.SimpleNamespace(cuDriverGetVersion=version))
+    assert requirements.release() == found
+    assert requirements.extra() == extra
+
+
+def test_a_compiler_that_lists_no_architectures_is_none(monkeypatch):
+    broken = types.SimpleNamespace(nvrtcGetSupportedArchs=lambda: (7, []))
+    monkeypatch.setattr(requirements, "_import", lambda name: broken)
+    with pytest.raises(requirements.CudaUnavailableError, match="lists no architectures"):
+        requirements.architectures()
+
+
+def test_a_checkout_whose_links_are_text_finds_its_two_folders(tmp_path):
+    """Some archives and file systems have no links."""
+    (tmp_path / "npmamba").mkdir()
+    (tmp_path / "npmamba" / "autodiff").write_text("../autodiff")
+    (tmp_path / "autodiff").mkdir()
+    (tmp_path / "autodiff" / "tape.py").touch()
+    source = pathlib.Path(npmamba.__file__)
+    scope = {"__file__": str(tmp_path / "npmamba" / "__init__.py"), "__path__": [], "__name__": "npmamba"}
+    exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), scope)
+    assert scope["__path__"] == [str(tmp_path)]
+
+
 # --- names and orders ---
+
+
+def test_a_configuration_is_text_of_a_dictionary_with_names(monkeypatch):
+    with pytest.raises(TypeError, match="text must be a string, got int"):
+        MambaConfig.from_json(3)
+    with pytest.raises(TypeError, match="keys must be strings, got 1"):
+        MambaConfig.from_dict({1: 2})
+    with pytest.raises(TypeError, match="npmamba"):
+        MambaConfig.from_dict({"model_type": "mamba", "hidden_size": 8, "npmamba": 3})
+
+
+def test_an_axis_of_one_number_has_one_tick():
+    assert charts.ticks(2.0, 2.0) == [2.0]
+
+
+def test_memory_of_an_unknown_size_of_number_is_zero():
+    assert unwritten((2,), np.complex128).tolist() == [0, 0]
 
 
 def test_a_gradient_check_names_arguments_that_have_no_names():
