@@ -138,6 +138,14 @@ def test_phi_and_its_derivative_match_their_series_and_keep_relative_accuracy():
     assert (functions.phi(0.0), functions.phi_derivative(0.0)) == (1, 0.5)
 
 
+@pytest.mark.parametrize("function", [functions.expm1, functions.log1p])
+def test_functions_of_numbers_far_from_the_real_axis_are_numpys(function):
+    """The complex step only goes 1e-30 away from it, where products of imaginary parts vanish."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-0.9, 2, 200) + 1j * rng.uniform(-2, 2, 200)
+    np.testing.assert_allclose(function(x), getattr(np, function.__name__)(x), rtol=1e-13)
+
+
 @pytest.mark.parametrize("h", [H, 1e-200])
 @pytest.mark.parametrize(
     ("function", "slope"),
