@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npmamba.cuda import device, primitives
-from npmamba.cuda.device import Data, cuda, store, store2
+from npmamba.cuda.device import Data, Long, cuda, follow, load, store, store2
 from npmamba.testing.findings import KernelError, OutOfRangeError, line_of
 from npmamba.testing.interpret import interpret
 
@@ -71,6 +71,43 @@ def read(place):
 def test_a_place_outside_an_array_is_found(place):
     with pytest.raises(OutOfRangeError):
         interpret(read(place), 1, 1, np.zeros(4, np.float32), np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("i", [4, -1])
+def test_a_place_outside_an_array_is_found_when_it_is_written(i):
+    def plain(x, y):
+        x[i] = 1.0
+
+    def pointer(x: Data, y):
+        store(x, i, 1.0)
+
+    def atomic(x, y):
+        cuda.atomic.add(x, i, 1.0)
+
+    for kernel in (plain, pointer, atomic):
+        with pytest.raises(OutOfRangeError):
+            interpret(kernel, 1, 1, np.zeros(4, np.float32), np.zeros(1))
+
+
+def test_an_address_between_two_numbers_is_found():
+    def kernel(x: Data, addresses: Long):
+        store(follow(x, load(addresses, 0), 2), 0, 1.0)
+
+    y = np.zeros(3, np.float32)
+    x = np.zeros(4, np.float32)
+    interpret(kernel, 1, 1, x, np.array([y.ctypes.data]))
+    assert y[0] == 1
+    with pytest.raises(KernelError, match="is not aligned to its numbers of 4 bytes"):
+        interpret(kernel, 1, 1, x, np.array([y.ctypes.data + 2]))
+
+
+def test_all_threads_of_a_block_share_arrays_of_one_shape():
+    def kernel(x):
+        tile = cuda.shared.array(32 if cuda.threadIdx.x < 32 else 64, np.float32)
+        tile[cuda.threadIdx.x % 32] = 1.0
+
+    with pytest.raises(KernelError, match="another shape or dtype in another thread"):
+        interpret(kernel, 1, 64, np.zeros(1))
 
 
 def test_a_row_is_no_number():

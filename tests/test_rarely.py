@@ -15,7 +15,7 @@ from npmamba import MambaConfig, cache, charts, doctor, files, scalar, shapes
 from npmamba.autodiff import check_vjp, primitive
 from npmamba.autodiff.tape import _total
 from npmamba.cpu import scan_row, simd
-from npmamba.cuda import requirements
+from npmamba.cuda import conv_shares, requirements
 from npmamba.reference import selective_scan as reference
 from npmamba.testing.shadow import unwritten
 
@@ -232,3 +232,11 @@ def test_formulas_of_constants_are_their_functions():
     x = np.linspace(-0.5, 0.5, 101)
     np.testing.assert_allclose(scalar.exp2m1_series(x), np.expm1(x * np.log(2)), rtol=1e-15, atol=1e-18)
     np.testing.assert_allclose(scalar.log1p_polynomial(np.abs(x)), np.log1p(np.abs(x)), rtol=1e-7)
+
+
+def test_long_sequences_are_walked_in_longer_stretches():
+    def steps(batch, seqlen):
+        return conv_shares.stretches(np.broadcast_to(np.float32(0), (batch, 4096, seqlen))).steps
+
+    assert steps(1, 64) == conv_shares.SHORTEST
+    assert steps(1024, 2**16) == conv_shares.LONGEST
