@@ -110,7 +110,8 @@ def _launch_forward(x: Any, y: Any, last: Any, parameters: Any, steps: Any, reve
     if family is conv_rows:
         grid, sizes = row_share(x)
         along = strides(x)[::2] + strides(y)[::2]
-        return conv_rows.FORWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), width=width, packed=packed)
+        constants = conv_rows.forward_constants(x.dtype, width, packed)
+        return conv_rows.FORWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), **constants)
     grid, along_time = any_share(x, x.shape[2] + width - 1)
     sizes = (*x.shape[1:], width - 1, along_time, options)
     conv_any.FORWARD.launch(grid, x.dtype, (*arrays, *strides(x), *strides(y), *sizes))
@@ -147,7 +148,8 @@ def _backward_rows(saved: Saved, dout: Any, x: Any, dx: Any, dlast: Any, dinitia
     grid, sizes = row_share(x)
     arrays = (dout, x, weight, bias, initial, dlast, *saved.walk, dx, dinitial, parts)
     along = strides(dout)[::2] + strides(x)[::2] + strides(dx)[::2]
-    conv_rows.BACKWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), width=width, packed=packed)
+    constants = conv_rows.backward_constants(x.dtype, width, packed)
+    conv_rows.BACKWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), **constants)
     return parts
 
 

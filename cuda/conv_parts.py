@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 
 from npmamba.cuda.device import (
-    copy_async,
     cuda,
+    fetch2,
+    fetch4,
     load,
     load2,
     load4,
     load8,
     rcp,
     shift,
-    store,
     store2,
     store4,
     store8,
+    unpacked,
 )  # fmt: skip
 from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import cast, exp2, fma, silu, silu_derivative
@@ -28,10 +29,12 @@ THREADS = 128
 WIDTHS = (2, 3, 4)
 """Widths with kernels of their own: those of published models and of the convolution they came with."""
 STEPS = 4
-"""Steps that come from memory together."""
+"""Steps that come from memory together; more than a kernel looks back."""
 COLUMNS = 32
 """Threads of a block along the channels, fewer where there are fewer channels."""
-PLACE = np.dtype(np.int64)
+ROW_LANES = {2: 4, 4: 4, 8: 2}
+"""Channels of a thread that walks through time, by the bytes of a number: more would leave room for too few threads."""
+PLACE, WORD = np.dtype(np.int64), np.dtype(np.uint32)
 GROUP = 4
 """Stretches whose sums over time are added before they are written: ``THREADS / COLUMNS``."""
 BIAS, SILU, INITIAL, DINITIAL, DLAST, PACKED, REVERSE = 1, 2, 4, 8, 16, 32, 64
@@ -44,6 +47,11 @@ LOG2E = 1.4426950408889634
 def lanes_of(data: Any) -> int:
     """Return how many channels a 16-byte access holds."""
     return 16 // np.dtype(data).itemsize
+
+
+def row_lanes(data: Any) -> int:
+    """Return how many channels a thread of `npmamba.cuda.conv_rows` has: they take 8 or 16 bytes."""
+    return ROW_LANES[np.dtype(data).itemsize]
 
 
 def _silu_of_half(x):
@@ -85,27 +93,62 @@ def make_row_access(lanes: int) -> tuple[Any, Any]:
 
 def make_place(lanes: int) -> Any:
     def place(dim, columns, column_blocks):
-        """Return a thread's first channel and its line: which stretch of which batch row, counted over all."""
+        """Return a block's first channel, a thread's first one, and its line.
+
+        That is which stretch of which batch row it has, counted over all.
+        """
         thread, block = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
         row = uint32(block // column_blocks)
-        d = uint32(uint32(uint32(block - row * column_blocks) * columns + thread % columns) * uint32(lanes))
-        return d, uint32(row * (uint32(THREADS) // columns) + thread // columns)
+        first = uint32(uint32(uint32(block - row * column_blocks) * columns) * uint32(lanes))
+        d = uint32(first + uint32(uint32(thread % columns) * uint32(lanes)))
+        return first, d, uint32(row * (uint32(THREADS) // columns) + thread // columns)
 
     return place
 
 
-def make_load_weights(real: Any, width: int, lanes: int) -> Any:
-    number = real.type
+def shared_weights(width: int, lanes: int) -> int:
+    """Return how many numbers the weights and the bias of a block's channels take in shared memory."""
+    return (width + 1) * (COLUMNS * lanes + 8)
 
-    def load_weights(weight, bias, options, d, weights):
-        """Fill `weights`: a row per tap, and the bias in the last one."""
-        for j in range(lanes):
-            channel = uint32(d + uint32(j))
-            for k in range(width):
-                weights[k * lanes + j] = load(weight, uint32(channel * uint32(width) + uint32(k)))
-            weights[width * lanes + j] = load(bias, channel) if options & uint32(BIAS) else number(0)
 
-    return load_weights
+def make_weights(real: Any, width: int, lanes: int) -> tuple[Any, Any]:
+    """Build the two halves of bringing weights: neighbours read neighbours, then each takes those of its channels.
+
+    A row of shared memory holds the block's weights of a tap, the last row the bias. Rows begin 8 numbers apart from a
+    multiple of 32, so that a warp writes different banks.
+    """
+    number, row = real.type, COLUMNS * lanes + 8
+    each, biases = -(-COLUMNS * lanes * width // THREADS), -(-COLUMNS * lanes // THREADS)
+    load_row, _ = make_row_access(lanes)
+
+    def bring(weight, bias, options, first, dim, columns, cells):
+        """Write the weights of the block's channels, from its first one, to shared memory."""
+        x, y = cuda.local.array(each, real), cuda.local.array(biases, real)
+        thread, channels = uint32(cuda.threadIdx.x), min(uint32(columns * uint32(lanes)), uint32(dim - first))
+        for i in range(each):
+            n = uint32(thread + uint32(i * THREADS))
+            if n < uint32(channels * uint32(width)):
+                x[i] = load(weight, uint32(uint32(first * uint32(width)) + n))
+        for i in range(biases):
+            n = uint32(thread + uint32(i * THREADS))
+            y[i] = load(bias, uint32(first + n)) if options & uint32(BIAS) and n < channels else number(0)
+        for i in range(each):
+            n = uint32(thread + uint32(i * THREADS))
+            channel = uint32(n // uint32(width))
+            if n < uint32(channels * uint32(width)):
+                cells[uint32(uint32(uint32(n - channel * uint32(width)) * uint32(row)) + channel)] = x[i]
+        for i in range(biases):
+            n = uint32(thread + uint32(i * THREADS))
+            if n < channels:
+                cells[uint32(uint32(width * row) + n)] = y[i]
+
+    def take(cells, columns, weights):
+        """Fill `weights` after a barrier: a row per tap, and the bias in the last one."""
+        at = uint32(uint32(uint32(cuda.threadIdx.x) % columns) * uint32(lanes))
+        for k in range(width + 1):
+            load_row(cells, uint32(at + uint32(k * row)), weights, k)
+
+    return bring, take
 
 
 def make_load_history(real: Any, width: int, lanes: int, packed: bool) -> Any:
@@ -146,43 +189,64 @@ def make_load_history(real: Any, width: int, lanes: int, packed: bool) -> Any:
     return load_history
 
 
-def make_fetch(lanes: int, packed: bool) -> tuple[Any, Any]:
-    """Build the two halves of bringing `STEPS` rows: where they lie, and their way into shared memory."""
+def row_words(data: Any) -> int:
+    """Return how many words of 32 bits a thread's channels of a step take."""
+    return row_lanes(data) * np.dtype(data).itemsize // 4
+
+
+def make_fetch(data: Any, packed: bool) -> tuple[Any, Any, Any]:
+    """Build the three parts of bringing the rows of `STEPS` steps: where they lie, the loads, and their numbers.
+
+    Without packing the first does nothing, and the loads walk along with their pointer.
+    """
+    lanes, words = row_lanes(data), row_words(data)
+    read = {2: fetch2, 4: fetch4}[words]
+    pack = {2: lambda t, i: (t[i], t[i + 1]), 4: lambda t, i: (t[i], t[i + 1], t[i + 2], t[i + 3])}[words]
 
     def find(entries_at, s, end, places):
         """Write where in time the steps from `s` on lie, before `end`."""
-        for i in range(STEPS):
-            t = uint32(s + uint32(i))
-            places[i] = int64(t)
-            if packed:
+        if packed:
+            for i in range(STEPS):
+                t = uint32(s + uint32(i))
                 places[i] = position(load(entries_at, t)) if t < end else int64(0)
 
-    def fetch(ring, slot, s, end, places, p, step):
-        """Start the way of the rows into this thread's places of a slot; zeros from `end` on."""
-        to = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
+    def fetch(p, step, s, end, places, ahead):
+        """Start the loads of the steps before `end`, zeros for the others; return the pointer to the row after them."""
         for i in range(STEPS):
-            here = uint32(s + uint32(i)) < end
-            copy_async(ring, uint32(to + uint32(i * THREADS * lanes)), shift(p, places[i] * step), uint32(0), here)
+            at = shift(p, places[i] * step) if packed else p
+            row = read(at, uint32(0), uint32(s + uint32(i)) < end)
+            for j in range(words):
+                ahead[i * words + j] = row[j]
+            if not packed:
+                p = shift(p, step)
+        return p
 
-    return find, fetch
+    def arrive(p, ahead, tile, first):
+        """Write the numbers to rows of `tile`, from row `first` on."""
+        for i in range(STEPS):
+            row = unpacked(p, pack(ahead, i * words))
+            for j in range(lanes):
+                tile[(first + i) * lanes + j] = row[j]
+
+    return find, fetch, arrive
 
 
 def make_add_stretches(width: int, lanes: int) -> Any:
-    def add_stretches(sums, shared, parts, d, line, dim, lines, columns):
+    load_row, store_row = make_row_access(lanes)
+
+    def add_stretches(sums, total, shared, parts, d, line, dim, columns, here):
         """Write the sums of `GROUP` stretches, added from the first to the last, to their part."""
         thread = uint32(cuda.threadIdx.x)
         for k in range(width + 1):
             cuda.syncthreads()
-            for j in range(lanes):
-                shared[thread * uint32(lanes) + uint32(j)] = sums[k * lanes + j]
+            store_row(shared, uint32(thread * uint32(lanes)), sums, k)
             cuda.syncthreads()
-            if d < dim and line < lines and line % uint32(GROUP) == uint32(0):
+            if here and line % uint32(GROUP) == uint32(0):
+                for n in range(1, GROUP):
+                    load_row(shared, uint32(uint32(thread + uint32(uint32(n) * columns)) * uint32(lanes)), total, 0)
+                    for j in range(lanes):
+                        sums[k * lanes + j] += total[j]
                 row = int64(line // uint32(GROUP)) * int64(width + 1) + int64(k)
-                to = shift(parts, row * int64(dim) + int64(d))
-                for j in range(lanes):
-                    total = sums[k * lanes + j]
-                    for n in range(1, GROUP):
-                        total += shared[(thread + uint32(n) * columns) * uint32(lanes) + uint32(j)]
-                    store(to, uint32(j), total)
+                store_row(shift(parts, row * int64(dim) + int64(d)), uint32(0), sums, k)
 
     return add_stretches

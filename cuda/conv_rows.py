@@ -1,9 +1,9 @@
-"""The causal convolution where channels lie side by side: a thread walks through time with 16 bytes of channels.
+"""The causal convolution where channels lie side by side: a thread walks through time with a few neighbouring channels.
 
-A thread owns the channels of one 16-byte access and a stretch of steps. It keeps the last ``width - 1`` inputs in
-registers, so a stretch reads its inputs once, and the ``width - 1`` before it once more. The next `DEPTH` steps are on
-their way into shared memory, where every thread has places of its own: nobody waits for another. A block is `columns`
-threads along the channels by ``THREADS / columns`` stretches.
+A thread owns `row_lanes` channels and a stretch of steps. It keeps the last ``width - 1`` inputs in registers, so a
+stretch reads its inputs once, and the ``width - 1`` before it once more. While it computes a group of `STEPS` steps the
+next group is on its way to other registers. A block is `columns` threads along the channels by ``THREADS / columns``
+stretches; the weights of its channels come through shared memory.
 
 Packed sequences come as a list of steps (`npmamba.cuda.schedule.walk`): where a step lies in time, and whether its
 sequence begins there. Steps that are padding stand at the end of the list, behind the `total` others.
@@ -21,51 +21,61 @@ from npmamba.cuda.conv_parts import (
     STEPS,
     THREADS,
     WIDTHS,
+    WORD,
     activation_of,
-    lanes_of,
     make_add_stretches,
     make_fetch,
     make_load_history,
-    make_load_weights,
     make_place,
     make_row_access,
+    make_weights,
+    row_lanes,
+    row_words,
+    shared_weights,
 )  # fmt: skip
-from npmamba.cuda.device import Data, Long, Size, Stride, Wide, commit_async, cuda, load, shift, store, wait_async
+from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.schedule import is_fresh, position
-from npmamba.scalar import fma
+from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
 
 
-def _forward(real, data, width, packed):
-    lanes, lag, number, depth = lanes_of(data), width - 1, real.type, 3
-    weights_size, window_size = (width + 1) * lanes, (lag + STEPS) * lanes
-    ring_size, ahead = depth * STEPS * THREADS * lanes, depth - 1
-    load_row, store_row = make_row_access(lanes)
-    place, load_weights = make_place(lanes), make_load_weights(real, width, lanes)
-    load_history, (find, fetch) = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
+def _forward(real, data, width, packed, resident):
+    lanes, lag, number = row_lanes(data), width - 1, real.type
+    weights_size, window_size, group_size = (width + 1) * lanes, (lag + STEPS) * lanes, STEPS * lanes
+    cells_size, ahead_size = shared_weights(width, lanes), STEPS * row_words(data)
+    _, store_row = make_row_access(lanes)
+    place, (bring, take) = make_place(lanes), make_weights(real, width, lanes)
+    load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
     silu, _ = activation_of(data)
 
-    def step(i, s, s1, total, options, entries_at, ring, place, y_at, y_step, weights, window, q):
-        t = uint32(s + i)
-        if t < s1:
-            entry = load(entries_at, t) if packed else int64(t)
-            if packed and is_fresh(entry):
+    def group(s, s1, total, options, entries_at, y_at, y_step, weights, window, q):
+        """Compute and store y of a group; return the pointer to the row of y after it."""
+        for i in range(STEPS):
+            t = uint32(s + uint32(i))
+            if packed and t < s1 and is_fresh(load(entries_at, t)):
                 for j in range(lag * lanes):
                     window[i * lanes + j] = number(0)
-            load_row(ring, uint32(place + i * uint32(THREADS * lanes)), window, lag + i)
             for j in range(lanes):
-                q[j] = weights[width * lanes + j]
+                at = i * lanes + j
+                q[at] = weights[width * lanes + j]
                 for k in range(width):
-                    q[j] = fma(weights[k * lanes + j], window[(i + k) * lanes + j], q[j])
-            if options & uint32(SILU):
-                for j in range(lanes):
-                    q[j] = silu(q[j])
+                    q[at] = fma(weights[k * lanes + j], window[at + k * lanes], q[at])
+        if options & uint32(SILU):
+            for j in range(group_size):
+                q[j] = silu(q[j])
+        for i in range(STEPS):
+            t = uint32(s + uint32(i))
             if packed and t >= total:
                 for j in range(lanes):
-                    q[j] = number(0)
-            store_row(shift(y_at, position(entry) * y_step), uint32(0), q, 0)
+                    q[i * lanes + j] = number(0)
+            if t < s1:
+                to = shift(y_at, position(load(entries_at, t)) * y_step) if packed else y_at
+                store_row(to, uint32(0), q, i)
+            if not packed:
+                y_at = shift(y_at, y_step)
+        return y_at
 
     def conv_rows_forward(
         x: Data, weight: Wide, bias: Wide, initial: Wide, entries: Long, totals: Long, y: Data, last: Wide,
@@ -73,53 +83,50 @@ def _forward(real, data, width, packed):
         stretches: Size, lines: Size, columns: Size, column_blocks: Size, options: Size,
     ):  # fmt: skip
         """Equation: q_s = bias + sum_k weight_k x_(s - lag + k), y = silu(q) or q, lag = width - 1.
-        Threads: a thread is 16 bytes of channels and a stretch of steps, a loop over `STEPS` at a time.
+        Threads: a thread is some channels and a stretch of steps, a loop over `STEPS` at a time.
         Owns: y of its steps and channels; `last` of its channels if the last step is in its stretch.
         Saved: nothing.
         """
-        ring = cuda.shared.array(ring_size, data, 16)
-        weights = cuda.local.array(weights_size, real)
-        window = cuda.local.array(window_size, real)
-        q, places = cuda.local.array(lanes, real), cuda.local.array(STEPS, PLACE)
-        d, line = place(dim, columns, column_blocks)
-        if d >= dim or line >= lines:
-            return
+        cells, places = cuda.shared.array(cells_size, real, 16), cuda.local.array(STEPS, PLACE)
+        weights, window = cuda.local.array(weights_size, real), cuda.local.array(window_size, real)
+        q, ahead = cuda.local.array(group_size, real), cuda.local.array(ahead_size, WORD)
+        first, d, line = place(dim, columns, column_blocks)
+        here = d < dim and line < lines
+        d, line = select(here, d, uint32(0)), select(here, line, uint32(0))
         b = line // stretches
         s0 = uint32(uint32(line - b * stretches) * stretch)
-        s1 = min(uint32(s0 + stretch), seqlen)
+        s1 = select(here, min(uint32(s0 + stretch), seqlen), s0)
         total = uint32(load(totals, b)) if packed else seqlen
+        end = min(s1, total)
         entries_at = shift(entries, int64(b) * int64(seqlen))
         x_at, y_at = shift(x, int64(b) * x_batch + int64(d)), shift(y, int64(b) * y_batch + int64(d))
         state = (int64(b) * int64(dim) + int64(d)) * int64(lag)
         initial_at = shift(initial, state)
-        end = min(s1, total)
-        for n in range(ahead):
-            first = uint32(s0 + uint32(n * STEPS))
-            find(entries_at, first, end, places)
-            fetch(ring, uint32(n), first, end, places, x_at, x_step)
-            commit_async()
-        load_weights(weight, bias, options, d, weights)
+        x_to, y_to = x_at, y_at
+        if not packed:
+            x_to, y_to = shift(x_at, int64(s0) * x_step), shift(y_at, int64(s0) * y_step)
+        find(entries_at, s0, end, places)
+        x_to = fetch(x_to, x_step, s0, end, places, ahead)
+        find(entries_at, uint32(s0 + uint32(STEPS)), end, places)
         for j in range(window_size):
             window[j] = number(0)
-        load_history(x_at, x_step, entries_at, initial_at, options, s0, window)
-        s, slot = s0, uint32(0)
+        if here:
+            load_history(x_at, x_step, entries_at, initial_at, options, s0, window)
+        bring(weight, bias, options, first, dim, columns, cells)
+        cuda.syncthreads()
+        if here:
+            take(cells, columns, weights)
+        s = s0
         while s < s1:
-            free = uint32(ahead) if slot == uint32(0) else uint32(slot - uint32(1))
-            first = uint32(s + uint32(ahead * STEPS))
-            find(entries_at, first, end, places)
-            fetch(ring, free, first, end, places, x_at, x_step)
-            commit_async()
-            wait_async(ahead)
-            at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
-            step(uint32(0), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(uint32(1), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(uint32(2), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
-            step(uint32(3), s, s1, total, options, entries_at, ring, at, y_at, y_step, weights, window, q)
+            arrive(x, ahead, window, lag)
+            following = uint32(s + uint32(STEPS))
+            x_to = fetch(x_to, x_step, following, end, places, ahead)
+            find(entries_at, uint32(following + uint32(STEPS)), end, places)
+            y_to = group(s, s1, total, options, entries_at, y_to, y_step, weights, window, q)
             for j in range(lag * lanes):
                 window[j] = window[STEPS * lanes + j]
-            s = uint32(s + uint32(STEPS))
-            slot = uint32(0) if slot == uint32(ahead) else uint32(slot + uint32(1))
-        if total <= s1 and (total > s0 or s0 == uint32(0)):
+            s = following
+        if here and total <= s1 and (total > s0 or s0 == uint32(0)):
             load_history(x_at, x_step, entries_at, initial_at, options, total, window)
             for k in range(lag):
                 for j in range(lanes):
@@ -128,60 +135,100 @@ def _forward(real, data, width, packed):
     return conv_rows_forward
 
 
-FORWARD = Kernel(_forward, threads=THREADS, shipped={"width": WIDTHS, "packed": (False, True)})
+def _blocks(width, packed, resident):
+    return resident
 
 
-def _backward(real, data, width, packed):
-    lanes, lag, number, depth = lanes_of(data), width - 1, real.type, 2
-    weights_size, window_size = (width + 1) * lanes, (lag + STEPS) * lanes
-    ring_size, sums_size, ahead = depth * STEPS * THREADS * lanes, THREADS * lanes, depth - 1
-    load_row, store_row = make_row_access(lanes)
-    place, load_weights = make_place(lanes), make_load_weights(real, width, lanes)
-    load_history, (find, fetch) = make_load_history(real, width, lanes, packed), make_fetch(lanes, packed)
+def forward_constants(dtype, width, packed):
+    """Return the constants of the forward kernel; `resident` blocks are to fit on a multiprocessor."""
+    return {"width": width, "packed": packed, "resident": 4 if packed or dtype.itemsize == 8 else 5}
+
+
+def backward_constants(dtype, width, packed):
+    """Return those of the backward kernel."""
+    return {"width": width, "packed": packed, "resident": 3 if dtype.itemsize == 2 else 2}
+
+
+def _shipped(constants):
+    return lambda dtype: [constants(dtype, width, packed) for width in WIDTHS for packed in (False, True)]
+
+
+FORWARD = Kernel(_forward, threads=THREADS, blocks=_blocks, shipped=_shipped(forward_constants))
+
+
+def _backward(real, data, width, packed, resident):
+    lanes, lag, number = row_lanes(data), width - 1, real.type
+    weights_size, window_size, group_size = (width + 1) * lanes, (lag + STEPS) * lanes, STEPS * lanes
+    cells_size, ahead_size, sums_size = shared_weights(width, lanes), STEPS * row_words(data), THREADS * lanes
+    place, (bring, take), (_, store_row) = make_place(lanes), make_weights(real, width, lanes), make_row_access(lanes)
+    load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
     add_stretches, (_, silu_derivative) = make_add_stretches(width, lanes), activation_of(data)
 
-    def step(i, s, same, limits, options, pointers, dx_step, ring_x, ring_dout, place, arrays):
-        s0, s1, total, end = limits
-        entries_at, dx_at, dlast_at = pointers
-        weights, window, dq, pending, sums = arrays
-        t = uint32(s + i)
+    def spread(i, same, weights, dq, pending):
+        """Add what dq of a step gives to the dx of its own sequence's last `lag` steps and to its own."""
+        if not packed or same >= uint32(lag):
+            for k in range(width):
+                for j in range(lanes):
+                    at = (i + k) * lanes + j
+                    pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
+        else:
+            for k in range(width):
+                if uint32(uint32(k) + same) >= uint32(lag):
+                    for j in range(lanes):
+                        at = (i + k) * lanes + j
+                        pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
+
+    def cotangents(i, options, weights, window, dq):
+        """Turn dout of a step into dq; without a branch, so that instructions of neighbouring steps can mix."""
         for j in range(lanes):
-            pending[(i + lag) * lanes + j] = number(0)
-        if t < end:
-            if packed and is_fresh(load(entries_at, t)):
+            at = i * lanes + j
+            q = weights[width * lanes + j]
+            for k in range(width):
+                q = fma(weights[k * lanes + j], window[at + k * lanes], q)
+            dq[at] *= select((options & uint32(SILU)) != uint32(0), silu_derivative(q), number(1))
+
+    def add_up(i, window, dq, sums):
+        for j in range(lanes):
+            at = i * lanes + j
+            for k in range(width):
+                sums[k * lanes + j] = fma(dq[at], window[at + k * lanes], sums[k * lanes + j])
+            sums[width * lanes + j] += dq[at]
+
+    def make_step(own):
+        """Build the work on the i-th step of a group; one that is not `own` counts in the next stretch's sums."""
+
+        def step(i, s, same, limits, pointers, to, dx_step, options, arrays):
+            s0, s1, total, end, late = limits
+            entries_at, dx_at, dlast_at = pointers
+            weights, window, dq, pending, sums = arrays
+            t = uint32(s + i)
+            for j in range(lanes):
+                pending[(i + lag) * lanes + j] = number(0)
+            if packed and t < end and is_fresh(load(entries_at, t)):
                 same = uint32(0)
                 for j in range(lag * lanes):
                     window[i * lanes + j] = number(0)
-            load_row(ring_x, uint32(place + i * uint32(THREADS * lanes)), window, lag + i)
-            load_row(ring_dout, uint32(place + i * uint32(THREADS * lanes)), dq, 0)
-            if options & uint32(SILU):
-                for j in range(lanes):
-                    q = weights[width * lanes + j]
-                    for k in range(width):
-                        q = fma(weights[k * lanes + j], window[(i + k) * lanes + j], q)
-                    dq[j] *= silu_derivative(q)
-            for k in range(width):
-                if not packed or uint32(k) + same >= uint32(lag):
+            if not packed or t < end:
+                cotangents(i, options, weights, window, dq)
+                spread(i, same, weights, dq, pending)
+                if own:
+                    add_up(i, window, dq, sums)
+                same = min(uint32(same + uint32(1)), uint32(lag))
+            if late:
+                k = uint32(t - total)
+                if k < uint32(lag) and (not packed or uint32(k + same) >= uint32(lag)):
                     for j in range(lanes):
-                        at = (i + k) * lanes + j
-                        pending[at] = fma(weights[k * lanes + j], dq[j], pending[at])
-            if t < s1:
-                for j in range(lanes):
-                    for k in range(width):
-                        sums[k * lanes + j] = fma(dq[j], window[(i + k) * lanes + j], sums[k * lanes + j])
-                    sums[width * lanes + j] += dq[j]
-            same = min(uint32(same + uint32(1)), uint32(lag))
-        elif options & uint32(DLAST) and t >= total and t < uint32(total + uint32(lag)):
-            k = uint32(t - total)
-            if not packed or k + same >= uint32(lag):
-                for j in range(lanes):
-                    pending[i * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
-        if t >= uint32(s0 + uint32(lag)):
+                        pending[i * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
             u = uint32(t - uint32(lag))
-            if u < s1:
-                at = position(load(entries_at, u)) if packed else int64(u)
-                store_row(shift(dx_at, at * dx_step), uint32(0), pending, i)
-        return same
+            if t >= uint32(s0 + uint32(lag)) and u < s1:
+                if packed:
+                    to = shift(dx_at, position(load(entries_at, u)) * dx_step)
+                store_row(to, uint32(0), pending, i)
+            return same, shift(to, dx_step)
+
+        return step
+
+    step, foreign_step = make_step(True), make_step(False)
 
     def conv_rows_backward(
         dout: Data, x: Data, weight: Wide, bias: Wide, initial: Wide, dlast: Wide, entries: Long, totals: Long,
@@ -197,61 +244,77 @@ def _backward(real, data, width, packed):
         dbias over its steps are added to those of `GROUP` neighbouring stretches, from the first to the last.
         Saved: nothing; q is computed again.
         """
-        ring_x, ring_dout = cuda.shared.array(ring_size, data, 16), cuda.shared.array(ring_size, data, 16)
+        cells, shared = cuda.shared.array(cells_size, real, 16), cuda.shared.array(sums_size, real, 16)
         weights, sums = cuda.local.array(weights_size, real), cuda.local.array(weights_size, real)
         window, pending = cuda.local.array(window_size, real), cuda.local.array(window_size, real)
-        shared, dq = cuda.shared.array(sums_size, real, 16), cuda.local.array(lanes, real)
-        places = cuda.local.array(STEPS, PLACE)
-        d, line = place(dim, columns, column_blocks)
+        ahead_x, ahead_dout = cuda.local.array(ahead_size, WORD), cuda.local.array(ahead_size, WORD)
+        dq, places = cuda.local.array(group_size, real), cuda.local.array(STEPS, PLACE)
+        first, d, line = place(dim, columns, column_blocks)
+        here = d < dim and line < lines
+        d, line = select(here, d, uint32(0)), select(here, line, uint32(0))
+        b = line // stretches
+        s0 = uint32(uint32(line - b * stretches) * stretch)
+        s1 = select(here, min(uint32(s0 + stretch), seqlen), s0)
+        total = uint32(load(totals, b)) if packed else seqlen
+        end = select(here, min(uint32(s1 + uint32(lag)), total), uint32(0))
+        entries_at = shift(entries, int64(b) * int64(seqlen))
+        x_at, dx_at = shift(x, int64(b) * x_batch + int64(d)), shift(dx, int64(b) * dx_batch + int64(d))
+        dout_at = shift(dout, int64(b) * dout_batch + int64(d))
+        state = (int64(b) * int64(dim) + int64(d)) * int64(lag)
+        x_to, dout_to, dx_to = x_at, dout_at, dx_at
+        if not packed:
+            x_to, dout_to = shift(x_at, int64(s0) * x_step), shift(dout_at, int64(s0) * dout_step)
+            dx_to = shift(dx_at, (int64(s0) - int64(lag)) * dx_step)
+        find(entries_at, s0, end, places)
+        x_to = fetch(x_to, x_step, s0, end, places, ahead_x)
+        dout_to = fetch(dout_to, dout_step, s0, end, places, ahead_dout)
+        find(entries_at, uint32(s0 + uint32(STEPS)), end, places)
+        for j in range(window_size):
+            window[j] = number(0)
+            pending[j] = number(0)
         for j in range(weights_size):
             sums[j] = number(0)
-        if d < dim and line < lines:
-            b = line // stretches
-            s0 = uint32(uint32(line - b * stretches) * stretch)
-            s1 = min(uint32(s0 + stretch), seqlen)
-            total = uint32(load(totals, b)) if packed else seqlen
-            end = min(uint32(s1 + uint32(lag)), total)
-            limits = (s0, s1, total, end)
-            entries_at = shift(entries, int64(b) * int64(seqlen))
-            x_at, dx_at = shift(x, int64(b) * x_batch + int64(d)), shift(dx, int64(b) * dx_batch + int64(d))
-            dout_at = shift(dout, int64(b) * dout_batch + int64(d))
-            state = (int64(b) * int64(dim) + int64(d)) * int64(lag)
-            pointers = (entries_at, dx_at, shift(dlast, state))
-            find(entries_at, s0, end, places)
-            fetch(ring_x, uint32(0), s0, end, places, x_at, x_step)
-            fetch(ring_dout, uint32(0), s0, end, places, dout_at, dout_step)
-            commit_async()
-            load_weights(weight, bias, options, d, weights)
-            for j in range(window_size):
-                window[j] = number(0)
-                pending[j] = number(0)
+        same = uint32(0)
+        if here:
             same = load_history(x_at, x_step, entries_at, shift(initial, state), options, s0, window)
-            s, slot = s0, uint32(0)
-            while s < uint32(s1 + uint32(lag)):
-                free, first = uint32(uint32(1) - slot), uint32(s + uint32(STEPS))
-                find(entries_at, first, end, places)
-                fetch(ring_x, free, first, end, places, x_at, x_step)
-                fetch(ring_dout, free, first, end, places, dout_at, dout_step)
-                commit_async()
-                wait_async(ahead)
-                at = uint32((slot * uint32(STEPS * THREADS) + uint32(cuda.threadIdx.x)) * uint32(lanes))
-                arrays = (weights, window, dq, pending, sums)
-                same = step(uint32(0), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(uint32(1), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(uint32(2), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                same = step(uint32(3), s, same, limits, options, pointers, dx_step, ring_x, ring_dout, at, arrays)
-                if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
-                    for k in range(lag):
-                        for j in range(lanes):
-                            store(shift(dinitial, state), uint32(j * lag + k), pending[k * lanes + j])
-                for j in range(lag * lanes):
-                    window[j] = window[STEPS * lanes + j]
-                    pending[j] = pending[STEPS * lanes + j]
-                s = uint32(s + uint32(STEPS))
-                slot = uint32(uint32(1) - slot)
-        add_stretches(sums, shared, parts, d, line, dim, lines, columns)
+        bring(weight, bias, options, first, dim, columns, cells)
+        cuda.syncthreads()
+        if here:
+            take(cells, columns, weights)
+        pointers, arrays = (entries_at, dx_at, shift(dlast, state)), (weights, window, dq, pending, sums)
+        s = s0
+        while s < s1:
+            arrive(x, ahead_x, window, lag)
+            arrive(dout, ahead_dout, dq, 0)
+            following = uint32(s + uint32(STEPS))
+            x_to = fetch(x_to, x_step, following, end, places, ahead_x)
+            dout_to = fetch(dout_to, dout_step, following, end, places, ahead_dout)
+            find(entries_at, uint32(following + uint32(STEPS)), end, places)
+            limits = (s0, s1, total, end, (options & uint32(DLAST)) != uint32(0) and following > total)
+            same, dx_to = step(uint32(0), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            same, dx_to = step(uint32(1), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            same, dx_to = step(uint32(2), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            same, dx_to = step(uint32(3), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
+                for k in range(lag):
+                    for j in range(lanes):
+                        store(shift(dinitial, state), uint32(j * lag + k), pending[k * lanes + j])
+            for j in range(lag * lanes):
+                window[j] = window[STEPS * lanes + j]
+                pending[j] = pending[STEPS * lanes + j]
+            s = following
+        if here:
+            arrive(x, ahead_x, window, lag)
+            arrive(dout, ahead_dout, dq, 0)
+            limits = (s0, s1, total, end, (options & uint32(DLAST)) != uint32(0))
+            same, dx_to = foreign_step(uint32(0), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            if lag > 1:
+                same, dx_to = foreign_step(uint32(1), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+            if lag > 2:
+                same, dx_to = foreign_step(uint32(2), s, same, limits, pointers, dx_to, dx_step, options, arrays)
+        add_stretches(sums, dq, shared, parts, d, line, dim, columns, here)
 
     return conv_rows_backward
 
 
-BACKWARD = Kernel(_backward, threads=THREADS, shipped={"width": WIDTHS, "packed": (False, True)})
+BACKWARD = Kernel(_backward, threads=THREADS, blocks=_blocks, shipped=_shipped(backward_constants))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from npmamba.cuda import conv_any
-from npmamba.cuda.conv_parts import COLUMNS, GROUP, THREADS, lanes_of
+from npmamba.cuda.conv_parts import COLUMNS, GROUP, THREADS, lanes_of, row_lanes
 
 STRETCH, SHORTEST, LONGEST = 64, 16, 512
 """Steps of a stretch where there is neither little work nor very much, and its bounds."""
@@ -35,7 +35,7 @@ class Stretches(NamedTuple):
 def stretches(x: Any) -> Stretches:
     """Divide the time of `x` (batch, dim, seqlen): the same way for every memory order."""
     (batch, dim, seqlen), steps = x.shape, STRETCH
-    across = batch * -(-dim // lanes_of(x.dtype))
+    across = batch * -(-dim // row_lanes(x.dtype))
     while across * -(-seqlen // steps) < ENOUGH and steps > SHORTEST:
         steps //= 2
     while across * -(-seqlen // steps) >= PLENTY and steps < LONGEST:
@@ -51,7 +51,7 @@ def _power_of_two(n: int) -> int:
 def row_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
     """Return the grid and the sizes for `npmamba.cuda.conv_rows`."""
     (_, dim, seqlen), cut = x.shape, stretches(x)
-    pieces = -(-dim // lanes_of(x.dtype))
+    pieces = -(-dim // row_lanes(x.dtype))
     columns = min(COLUMNS, _power_of_two(pieces))
     blocks = -(-pieces // columns)
     grid = (blocks * -(-cut.lines // (THREADS // columns)),)

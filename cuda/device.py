@@ -118,6 +118,33 @@ def load8(p: Any, i: Any) -> Any:
     return tuple(load(p, i + k) for k in range(8))
 
 
+def fetch2(p: Any, i: Any, valid: Any) -> Any:
+    """Start the load of 8 bytes at ``p[i]``, to which it is aligned: two words of 32 bits, zeros unless `valid`.
+
+    Words may wait for their use in half the registers that their numbers would take. With `valid` false nothing is
+    read.
+    """
+    return _words(p, i, valid, 2)
+
+
+def fetch4(p: Any, i: Any, valid: Any) -> Any:
+    """Start the load of 16 bytes at ``p[i]`` likewise."""
+    return _words(p, i, valid, 4)
+
+
+def _words(p: Any, i: Any, valid: Any, count: int) -> Any:
+    if not valid:
+        return (np.uint32(0),) * count
+    numbers = 4 * count // np.dtype(p.dtype).itemsize
+    read = {1: lambda p, i: (load(p, i),), 2: load2, 4: load4, 8: load8}[numbers]
+    return tuple(np.array(read(p, i), p.dtype).view(np.uint32))
+
+
+def unpacked(p: Any, words: Any) -> Any:
+    """Return the numbers that words fetched from `p` hold."""
+    return tuple(_wide(x) for x in np.array(words, np.uint32).view(p.dtype))
+
+
 def store2(p: Any, i: Any, values: Any) -> None:
     """Write two neighbouring numbers by one access."""
     _store_all(p, i, values)

@@ -187,6 +187,41 @@ def _vector_store(count: int) -> Any:
     return store_vector
 
 
+def _fetch(count: int) -> Any:
+    letters, words = ", ".join(f"${k}" for k in range(count)), ir.LiteralStructType([I32] * count)
+    zeros = "".join(f" mov.b32 ${k}, 0;" for k in range(count))
+    text = (
+        f"{{ .reg .pred here; setp.ne.u32 here, ${count + 1}, 0;{zeros}"
+        f" @here ld.global.v{count}.b32 {{{letters}}}, [${count}]; }}"
+    )
+
+    @intrinsic
+    def fetch(typingctx: Any, p: Any, i: Any, valid: Any) -> Any:
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            address = _address(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+            there = builder.ptrtoint(builder.addrspacecast(address, ir.PointerType(address.type.pointee, 1)), I64)
+            here = builder.zext(args[2], I32)
+            found = _assembly(builder, text, "=&r," * count + "l,r", words, [there, here], True)
+            return context.make_tuple(builder, sig.return_type, [builder.extract_value(found, k) for k in range(count)])
+
+        return types.UniTuple(types.uint32, count)(p, i, valid), emit
+
+    return fetch
+
+
+@intrinsic
+def unpacked(typingctx: Any, p: Any, words: Any) -> Any:
+    element, count = _element(p), words.count
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.Constant(ir.VectorType(I32, count), ir.Undefined)
+        for k in range(count):
+            vector = builder.insert_element(vector, builder.extract_value(args[1], k), ir.Constant(I32, k))
+        return context.make_tuple(builder, sig.return_type, _unpack(builder, vector, element))
+
+    return types.UniTuple(_number(element), count * 32 // element.bitwidth)(p, words), emit
+
+
 @intrinsic
 def copy_async(typingctx: Any, shared: Any, i: Any, p: Any, j: Any, valid: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -284,3 +319,4 @@ sqrt_float32 = _float32("sqrt.rn.f32")
 
 load2, load4, load8 = (_vector_load(n) for n in (2, 4, 8))
 store2, store4, store8 = (_vector_store(n) for n in (2, 4, 8))
+fetch2, fetch4 = (_fetch(n) for n in (2, 4))

@@ -22,7 +22,7 @@ _WORDS: dict[Any, Any] = {
     getattr(device, name): getattr(intrinsics, name)
     for name in (
         "load", "store", "shift", "follow", "load2", "load4", "load8", "store2", "store4", "store8",
-        "copy_async", "commit_async", "wait_async", "double",
+        "fetch2", "fetch4", "unpacked", "copy_async", "commit_async", "wait_async", "double",
     )
 }  # fmt: skip
 _COMMON = {

@@ -28,6 +28,8 @@ from npmamba.cuda.device import (
     copy_async,
     cuda,
     double,
+    fetch2,
+    fetch4,
     follow,
     load,
     load2,
@@ -39,6 +41,7 @@ from npmamba.cuda.device import (
     store2,
     store4,
     store8,
+    unpacked,
     wait_async,
 )  # fmt: skip
 from npmamba.cuda.launch import FLOATS, Kernel
@@ -120,6 +123,21 @@ def _copies(real, data):
                 store(y, (i * uint32(2) + uint32(1)) * uint32(per) + uint32(k), load(shared, place))
 
     return copies
+
+
+def _fetches(real, data, count):
+    per = 4 * count // data.itemsize
+    get = {2: fetch2, 4: fetch4}[count]
+    put = {1: lambda p, i, v: store(p, i, v[0]), 2: store2, 4: store4, 8: store8}[per]
+
+    def fetches(x: Data, y: Data, n: Size):
+        """y = x by words, and zeros for the second half, where nothing is read."""
+        i = uint32(cuda.blockIdx.x) * uint32(THREADS) + uint32(cuda.threadIdx.x)
+        words = get(x, i * uint32(per), i < n // uint32(2))
+        if i < n:
+            put(y, i * uint32(per), unpacked(x, words))
+
+    return fetches
 
 
 WORDS = "exp2 sqrt rcp divide magnitude fma select cast double".split()
@@ -252,6 +270,15 @@ def test_copies_are_asynchronous(ptx, dtype):
     assert re.search(".*".join([*asynchronous, *waits]), text, re.DOTALL), "in this order"
 
 
+@ALL
+@pytest.mark.parametrize("count", [2, 4])
+def test_words_are_fetched_by_one_access_or_not_at_all(ptx, dtype, count):
+    text = ptx(_fetches, dtype, count=count)
+    assert len(re.findall(rf"@here ld\.global\.v{count}\.b32", text)) == 1
+    assert accesses(text, "ld.global") == [4 * count]
+    assert accesses(text, "st.global") == [4 * count]
+
+
 INSTRUCTIONS = {
     "float32": [
         "ex2.approx.ftz.f32", "sqrt.rn.f32", "rcp.approx.ftz.f32", "abs.ftz.f32", "fma.rn.ftz.f32", "selp.f32",
@@ -353,6 +380,17 @@ def test_copies_arrive_or_are_zeros(device_backend, dtype):
     y = y.reshape(n, 2, per)
     np.testing.assert_array_equal(wide(y[:, 0]), wide(x.reshape(n, per)))
     assert (wide(y[:, 1]) == 0).all()
+
+
+@ALL
+@pytest.mark.parametrize("count", [2, 4])
+def test_words_hold_their_numbers_or_zeros(device_backend, dtype, count):
+    per, n = 4 * count // np.dtype(dtype).itemsize, 2 * THREADS - 6
+    x = patterns(dtype, n * per)
+    x, y = run(device_backend, _fetches, dtype, 2, x, np.ones(n * per, dtype), n, count=count)
+    half = n // 2 * per
+    np.testing.assert_array_equal(wide(y[:half]), wide(x[:half]))
+    assert (wide(y[half:]) == 0).all()
 
 
 @ALL
