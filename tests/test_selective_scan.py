@@ -203,6 +203,13 @@ def test_growing_and_tiny_exponents_keep_their_accuracy(spec, seed):
     assert_agrees(cut(case, np.s_[:7]))
 
 
+@RULES
+def test_few_steps_with_fast_and_slow_leaks_side_by_side(rule):
+    """Where an exponent may be large, kernels take another power than elsewhere; five states are four and one."""
+    for seed in range(2):
+        assert_agrees(with_fast_leaks(new_case(seed, 1, 4, 4, 5, discretization=rule, **ON), seed), amplified=50)
+
+
 @settings(max_examples=40)
 @given(small)
 def test_decays_that_are_zero_beside_others_that_are_not(spec):
