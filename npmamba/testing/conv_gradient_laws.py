@@ -26,7 +26,7 @@ from npmamba.testing.conv_tools import (
 from npmamba.testing.gradient_tools import dot, elsewhere, longer
 from npmamba.testing.law import Broken, Law, same_dtype
 from npmamba.testing.law_tools import negative, normal, some_edges, wide
-from npmamba.testing.tolerance import conv_gradient_tolerance
+from npmamba.testing.tolerance import conv_gradient_tolerance, conv_scale
 
 DIFFERENCE = 1e-3  # step of the differences, as a part of each array's values
 
@@ -70,9 +70,9 @@ def the_backward_is_the_transpose(conv: Conv, arguments: Arrays, rng: np.random.
     <dout, J w> = <J^T dout, w> for every w."""
     case = with_state(conv, with_bias(conv, linear(arguments), rng), rng)
     dout, dlast = cotangents(conv, case, rng)
-    for names in (("x", "initial_state"), ("weight", "bias")):
-        bare = {**case, "bias": None} if "x" in names else case
-        names = tuple(name for name in names if bare.get(name) is not None)
+    for among in (("x", "initial_state"), ("weight", "bias")):
+        bare = {**case, "bias": None} if "x" in among else case
+        names = [name for name in among if bare.get(name) is not None]
         w = {name: normal(rng, bare[name]) for name in names}
         gradients, out = conv.gradients(bare, dout, dlast), conv({**bare, **w})
         forward = dot(dout, out.y) + (dot(dlast, out.last_state) if "x" in names else 0.0)
@@ -91,8 +91,8 @@ def a_gradient_foretells_every_small_change(conv: Conv, arguments: Arrays, rng: 
     dout, dlast = cotangents(conv, case, rng)
     gradients = conv.gradients(case, dout, dlast)
     w = {n: normal(rng, x) / (1 + np.abs(x).max()) for n in gradients for x in (case[n],) if x.size}
-    q = np.abs(conv(linear(case)).y).max() + 1
-    step, values = DIFFERENCE / q, []
+    moved = {**case, **{name: np.abs(case[name]) + np.abs(w[name]) for name in w}}
+    step, values = DIFFERENCE / (1 + float(conv_scale(moved).max())), []  # the activation's argument moves by less
     for e in (1, -1, 2, -2):
         out = conv({**case, **{name: case[name] + e * step * w[name] for name in w}})
         values.append((dout * out.y).sum() + (0 if dlast is None else (dlast * out.last_state).sum()))
@@ -152,7 +152,7 @@ def gradients_are_handed_back_through_the_state(conv: Conv, arguments: Arrays, r
     for place, state in reversed(list(zip(places, states, strict=True))):
         found.append(conv.gradients(steps(case, place, initial_state=state), dout[..., place], dstate))
         dstate = found[-1]["initial_state"]
-    expected = {name: sum(wide(f[name]) for f in found) for name in ("weight", "bias") if name in found[0]}
+    expected: Arrays = {name: sum(wide(f[name]) for f in found) for name in ("weight", "bias") if name in found[0]}
     expected |= {"x": join([f["x"] for f in reversed(found)], case), "initial_state": dstate}
     compare_gradients(conv, conv.gradients(case, dout, dlast), expected, case, dout, dlast, times=8)
 

@@ -117,7 +117,7 @@ def linear_in_input_and_initial_state(conv: Conv, arguments: Arrays, rng: np.ran
 
 @conv_law(only=long_numbers)
 def linear_in_weight_and_bias(conv: Conv, arguments: Arrays, rng: np.random.Generator) -> None:
-    """Without activation, the convolution with weights v + w and biases a + b is the sum of those with v, a and w, b."""
+    """Without activation, weights v + w and biases a + b give the sum of what v, a and w, b give."""
     one = with_bias(conv, linear(arguments), rng)
     moved = [name for name in ("weight", "bias") if one.get(name) is not None]
     two = {**one, **{name: normal(rng, one[name]) for name in moved}}

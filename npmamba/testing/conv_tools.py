@@ -85,7 +85,7 @@ class Conv(Candidate):
 
 
 def compare(conv: Conv, got: Results, expected: Results, arguments: Arrays, **how: Any) -> None:
-    """Compare y and the last state; `how` has `bits`, `times` what rounding allows, and `sized`: a case of that size."""
+    """Compare y and the last state; `how` has `bits`, `places` of y, `times` what rounding allows, for `sized`."""
     test, times = conv.same if how.get("bits") else conv.close, how.get("times", 2.0)
     allowed, _ = conv_tolerance(how.get("sized") or arguments)
     room = np.broadcast_to(allowed.absolute, arguments["x"].shape)[how.get("places", ...)]
@@ -98,8 +98,9 @@ def compare(conv: Conv, got: Results, expected: Results, arguments: Arrays, **ho
 
 
 def compare_gradients(
-    conv: Conv, got: Arrays, expected: Arrays, arguments: Arrays, dout: Any, dlast: Any, bits: Any = (), times: float = 4
-) -> None:
+    conv: Conv, got: Arrays, expected: Arrays, arguments: Arrays, dout: Any, dlast: Any, bits: Any = (),
+    times: float = 4,
+) -> None:  # fmt: skip
     """Compare gradients by name, all of `expected`; `bits` are names of which the bits are promised."""
     allowed = conv_gradient_tolerance(dout, arguments, dlast)._asdict()
     for name in expected:
@@ -189,9 +190,9 @@ def rows(arguments: Arrays, index: Any) -> Arrays:
 
 def channels(arguments: Arrays, index: Any) -> Arrays:
     """Return the arguments of some channels."""
-    state = arguments.get("initial_state")
-    own = {name: arguments[name][index] for name in ("weight", "bias") if arguments.get(name) is not None}
-    return {**arguments, **own, "x": arguments["x"][:, index], "initial_state": None if state is None else state[:, index]}
+    where = {"x": np.s_[:, index], "initial_state": np.s_[:, index], "weight": index, "bias": index}
+    given = {name: place for name, place in where.items() if arguments.get(name) is not None}
+    return {**arguments, **{name: arguments[name][place] for name, place in given.items()}}
 
 
 def backwards(arguments: Arrays) -> Arrays:

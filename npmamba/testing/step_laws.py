@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.testing.capabilities import Capabilities
+from npmamba.testing.capabilities import MAPS, Capabilities
 from npmamba.testing.cases import ScanCase, ScanOptions, UpdateCase
 from npmamba.testing.comparison import takes
 from npmamba.testing.law import Law
 from npmamba.testing.laws import LAWS
 
-NAMES = {"D": "D", "z": "z", "delta_bias": "dt_bias", "delta_softplus": "dt_softplus", "discretization": "discretization"}
+NAMES = {n: n.replace("delta", "dt") for n in ("D", "z", "delta_bias", "delta_softplus", "discretization")}
 """Options of a scan, and what a step calls them."""
 STEPS = 5
 
@@ -48,41 +48,40 @@ def as_scan(step: Callable[..., Any], **changes: Any) -> tuple[Callable[..., Any
     **changes
         Of the capabilities.
     """
-    options = {name: theirs for name, theirs in NAMES.items() if takes(step, theirs)}
+    options = {name: own for name, own in NAMES.items() if takes(step, own)}
 
     def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, initial_state: Any = None, **given: Any) -> tuple[Any, Any]:
         (batch, dim, seqlen), y = u.shape, []
         state = np.zeros((batch, *A.shape), A.dtype) if initial_state is None else initial_state.copy()
         for t in range(seqlen):
             now = {options[n]: x[..., t] if n == "z" else x for n, x in given.items()}
-            maps = {name: _map(M, t, batch, dim) for name, M in (("B", B), ("C", C))}
-            y.append(step(state=state, x=u[..., t], dt=delta[..., t], A=A, **maps, **now))
+            y.append(step(state=state, x=u[..., t], dt=delta[..., t], A=A, B=B[..., t], C=C[..., t], **now))
         for one in y:
             if np.shape(one) != (batch, dim):
                 raise ValueError(f"y has shape {np.shape(one)}, not {(batch, dim)}")
         return np.stack(y, axis=-1), state
 
     rules = Capabilities.rules if "discretization" in options else ("euler",)
-    keywords = frozenset({*options, "initial_state"})
-    return scan, Capabilities(**{"keywords": keywords, "rules": rules, **changes})
+    known: dict[str, Any] = {"keywords": frozenset({*options, "initial_state"}), "rules": rules}
+    return scan, Capabilities(**known | {"maps": (MAPS[3], MAPS[4])} | changes)
 
 
-def _map(M: Any, t: int, batch: int, dim: int) -> Any:
-    """Return B or C of one step; a constant one that could be taken for (batch, dstate) is given to every channel."""
-    if M.ndim > 2:
-        return M[..., t]
-    return M if batch != dim else np.broadcast_to(M, (batch, *M.shape)).copy()
+def _varying(kind: str | int) -> str | int:
+    return "variable" if kind == "constant" else kind
 
 
 def scan_case(case: UpdateCase) -> ScanCase:
-    """Return a case of a few steps with the sizes, options and seed of a case of one; B and C have as many groups.
+    """Return a case of a few steps with the sizes, options and seed of a case of one.
+
+    Constant maps are drawn anew at each step: laws ask for fewer rows, and a step takes a constant map of two channels
+    for one of two rows.
 
     >>> scan_case(UpdateCase(1, 2, 3, seed=4))
     ScanCase(batch=1, dim=2, seqlen=5, dstate=3, options=ScanOptions(initial_state=True), seed=4)
     """
     of, size = case.options, (case.batch, case.dim, STEPS, case.dstate)
     options = ScanOptions(
-        B=of.B, C=of.C, D=of.D, z=of.z, delta_bias=of.dt_bias, delta_softplus=of.dt_softplus, initial_state=True,
-        discretization=of.discretization,
+        B=_varying(of.B), C=_varying(of.C), D=of.D, z=of.z, delta_bias=of.dt_bias, delta_softplus=of.dt_softplus,
+        initial_state=True, discretization=of.discretization,
     )  # fmt: skip
     return ScanCase(*size, options, magnitude=case.magnitude, layout=case.layout, seed=case.seed)

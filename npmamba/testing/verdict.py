@@ -242,7 +242,9 @@ def check_conv1d(
     )  # fmt: skip
     off: dict[str, Any] = {"bias": False, "activation": None, "initial_state": False, "seq_idx": None, "reverse": False}
     asked_for: dict[str, Any] = {"special": ("nan",) if nonfinite else False}
-    cases = strategies.conv_cases(**_untaken(fn, off) | asked_for | restrictions)
+    drawn = strategies.conv_cases(**_untaken(fn, off) | asked_for | restrictions)
+    # a weight that is NaN may or may not meet what is not there: the steps before a sequence
+    cases = drawn.filter(lambda case: not case.special or case.special[0] != "weight")
     laws = (*CONV_LAWS, *(CONV_GRADIENT_LAWS if capabilities.backward else ()))
 
     asked = {"return_last_state": takes(fn, "return_last_state")}
