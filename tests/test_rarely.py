@@ -14,7 +14,7 @@ import npmamba
 from npmamba import MambaConfig, cache, charts, doctor, files, scalar, shapes
 from npmamba.autodiff import check_vjp, primitive
 from npmamba.autodiff.tape import _total
-from npmamba.cpu import scan_row, simd
+from npmamba.cpu import matmul, runtime, scan_row, simd
 from npmamba.cuda import conv_shares, requirements
 from npmamba.reference import selective_scan as reference
 from npmamba.testing.shadow import unwritten
@@ -49,6 +49,23 @@ def test_without_avx512_large_exponents_are_looked_for(size, monkeypatch):
     delta = np.float32(size) * np.abs(delta)
     expected = reference.forward(u, delta, A, B, C)[0]
     assert np.abs(selective_scan(u, delta, A, B, C) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(not config.DISABLE_JIT, reason="compiled formulas are tested with tests/test_scalar.py")
+def test_polynomials_of_compiled_code_are_their_functions_in_plain_python(monkeypatch):
+    """So an equation can be followed, and plotted, without a compiler."""
+    monkeypatch.setattr(simd, "_fraction", lambda x: x - np.floor(x))
+    monkeypatch.setattr(simd, "_times_power", lambda x, y: np.ldexp(x, np.floor(y).astype(np.int32)))
+    x = np.concatenate([np.linspace(-80, 80, 1001), np.geomspace(1e-6, 1, 50)]).astype(np.float32)
+    exact = {"exp2": np.exp2, "exp": np.exp, "expm1": np.expm1, "log1p": np.log1p}
+    for name, polynomial in simd._FLOAT32.items():
+        inside = np.minimum(np.abs(x), 1) if name == "log1p" else x  # of e^-|x| alone
+        with np.errstate(all="ignore"):
+            found = polynomial(inside)
+        np.testing.assert_allclose(found, exact[name](inside.astype(np.float64)), rtol=3e-6, err_msg=name)
+    y = np.full_like(x, 0.75)
+    for product in (simd._exp2_product_float32, simd._exp2_product_small_float32, simd._exp2_product_avx512):
+        np.testing.assert_allclose(product(x, y), np.exp2(x.astype(np.float64) * 0.75), rtol=3e-6)
 
 
 # --- files and folders ---
@@ -240,3 +257,17 @@ def test_long_sequences_are_walked_in_longer_stretches():
 
     assert steps(1, 64) == conv_shares.SHORTEST
     assert steps(1024, 2**16) == conv_shares.LONGEST
+
+
+@pytest.mark.parametrize(("m", "n"), [(600, 40), (40, 600)], ids=["rows are shared", "columns are shared"])
+def test_a_matrix_product_is_shared_where_the_library_has_one_thread(m, n, monkeypatch):
+    shares = []
+    monkeypatch.setattr(matmul, "blas_is_serial", lambda: True)
+    monkeypatch.setattr(runtime, "num_threads", lambda: 2)
+    monkeypatch.setattr(
+        runtime, "share", lambda work, tasks, pieces: (shares.append(tasks), work(0, 7), work(7, tasks))
+    )
+    x, y = np.random.default_rng(0).standard_normal((2, 600, 600))
+    x, y = x[:m], y[:, :n]
+    np.testing.assert_allclose(matmul.matmul(x, y), x @ y, rtol=1e-12, atol=1e-12)
+    assert shares == [600]
