@@ -273,3 +273,35 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_its_end(warmup, decay, peak
 def test_a_schedule_needs_room_to_fall(warmup, total):
     with pytest.raises(ValueError, match=rf"must be in \[0, total_steps\), got {warmup} of {total}"):
         warmup_cosine(1.0, warmup, total)
+
+
+def test_a_tree_without_arrays_has_its_updates_counted():
+    for optimizer in OPTIMIZERS:
+        _, state = optimizer.update({}, optimizer.init({}), {})
+        assert state.step == 1
+
+
+def test_without_momentum_no_velocity_is_kept():
+    params = {"w": np.ones(2)}
+    assert sgd(0.1).init(params).velocity is None
+    assert sgd(0.1, momentum=0.5).init(params).velocity["w"].tolist() == [0.0, 0.0]
+
+
+def test_rates_begin_at_zero_and_end_before_infinity():
+    for number in (-0.5, math.inf):
+        with pytest.raises(ValueError, match="learning_rate must be at least 0 and finite"):
+            adamw(number)
+        with pytest.raises(ValueError, match="peak must be at least 0 and finite"):
+            warmup_cosine(number, 1, 5)
+        with pytest.raises(ValueError, match="momentum must be at least 0 and finite"):
+            sgd(0.1, momentum=number)
+    with pytest.raises(ValueError, match=r"betas\[0\] must be in \[0, 1\)"):
+        adamw(0.1, betas=(-0.5, 0.9))
+
+
+def test_only_floating_arrays_are_parameters():
+    for optimizer in OPTIMIZERS:
+        with pytest.raises(TypeError, match=r"params\['w'\] must be"):
+            optimizer.init({"w": np.ones(2, np.int64)})
+    with pytest.raises(TypeError, match=r"tree\['w'\] must be"):
+        global_norm({"w": np.ones(2, np.int64)})
