@@ -31,9 +31,9 @@ def _torch_backward(fn: Callable[..., Any], dout: Any, dlast_state: Any = None, 
 
 
 def mambapy(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None) -> Any:
-    """`mambapy.mamba.MambaBlock.selective_scan`, which runs `mambapy.pscan` and needs D."""
+    """`mambapy.mamba.MambaBlock.selective_scan`, which runs `mambapy.pscan` and needs D; y in the dtype of u."""
     block = importlib.import_module("mambapy.mamba").MambaBlock
-    return block.selective_scan(None, u, delta, A, B, C, A.new_zeros(A.shape[0]) if D is None else D)
+    return block.selective_scan(None, u, delta, A, B, C, A.new_zeros(A.shape[0]) if D is None else D).to(u.dtype)
 
 
 def mambapy_backward(dout: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None) -> dict[str, Any]:
@@ -48,9 +48,10 @@ def transformers(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None, delta_bias: Any = None,
     delta_softplus: bool = False, *, return_last_state: bool = False,
 ) -> Any:  # fmt: skip
-    """`transformers.models.mamba.modeling_mamba.mamba_selective_scan`."""
+    """`transformers.models.mamba.modeling_mamba.mamba_selective_scan`, and y in the dtype of u, as its caller has it."""
     scan = importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
-    return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    out = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return (out[0].to(u.dtype), out[1]) if return_last_state else out.to(u.dtype)
 
 
 def transformers_backward(dout: Any, dlast_state: Any = None, **arguments: Any) -> dict[str, Any]:

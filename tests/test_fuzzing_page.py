@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from npmamba.testing.conv_gradient_laws import CONV_GRADIENT_LAWS
+from npmamba.testing.conv_laws import CONV_LAWS
 from npmamba.testing.gradient_laws import GRADIENT_LAWS
 from npmamba.testing.laws import LAWS
 
@@ -23,5 +25,6 @@ def test_the_examples_run():
 
 def test_every_law_is_on_the_page():
     page = PAGE.read_text()
-    missing = [law.name for law in LAWS + GRADIENT_LAWS if law.name.replace("_", " ") not in page]
+    laws = LAWS + GRADIENT_LAWS + CONV_LAWS + CONV_GRADIENT_LAWS
+    missing = [law.name for law in laws if law.name.replace("_", " ") not in page]
     assert missing == []

@@ -195,7 +195,10 @@ def check_scan(
         rules=capabilities.rules if discretization is None else (discretization,),
         maps=_maps(capabilities, restrictions),
     )  # fmt: skip
-    cases = strategies.scan_cases(**_askable(capabilities) | restrictions)
+    # a rate that is NaN may or may not meet what is not there: the state before a sequence
+    cases = strategies.scan_cases(**_askable(capabilities) | restrictions).filter(
+        lambda case: case.special is None or case.special[0] != "A" or _begins_with_a_state(case.options)
+    )
     scan, laws = Scan(fn, capabilities), (*LAWS, *(GRADIENT_LAWS if capabilities.backward else ()))
 
     def examine(case: ScanCase, report: Report) -> None:
@@ -388,6 +391,10 @@ def _judge_gradients(scan: Scan, case: ScanCase, dtype: Any, report: Report) -> 
 
 
 # --- what a kernel can be asked ---
+
+
+def _begins_with_a_state(options: Any) -> bool:
+    return bool(options.initial_state) and options.seq_idx is None
 
 
 def _untaken(fn: Callable[..., Any], off: dict[str, Any]) -> dict[str, Any]:
