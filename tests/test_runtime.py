@@ -246,3 +246,14 @@ def test_all_kernels_in_both_dtypes_are_few():
     ours = {kernel.name for kernel in runtime.KERNELS if kernel.name.startswith("npmamba.")}
     assert len(ours) > 20  # they are counted at all
     assert 2 * len(ours) <= 60, "each costs seconds in a first run: make options of a kernel, not kernels of an option"
+
+
+def test_there_are_as_many_threads_as_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.delenv("NPMAMBA_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", {0: {4, 6, 7}, 1: {4}}.__getitem__, raising=False)
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 8)
+    assert runtime.num_threads() == 3
+    monkeypatch.delattr(runtime.os, "sched_getaffinity")
+    assert runtime.num_threads() == 8
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: None)
+    assert runtime.num_threads() == 1
