@@ -48,7 +48,7 @@ def transformers(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None, delta_bias: Any = None,
     delta_softplus: bool = False, *, return_last_state: bool = False,
 ) -> Any:  # fmt: skip
-    """`transformers.models.mamba.modeling_mamba.mamba_selective_scan`, and y in the dtype of u, as its caller has it."""
+    """`transformers.models.mamba.modeling_mamba.mamba_selective_scan`; y in the dtype of u, as its caller has it."""
     scan = importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
     out = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     return (out[0].to(u.dtype), out[1]) if return_last_state else out.to(u.dtype)

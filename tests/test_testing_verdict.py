@@ -126,6 +126,37 @@ def test_adapters_refuse_what_they_do_not_know():
     assert as_numpy({"x": [np.ones(1), None]})["x"][1] is None
 
 
+def test_a_step_changes_its_state_through_an_adapter():
+    """Other libraries get a copy; what they leave in it is what was asked for."""
+
+    def step(h, token, dt, A, B, C):
+        copies = h.copy(), token.copy()
+        y = npmamba.selective_state_update(copies[0], copies[1], dt, A, B, C)
+        h[...] = copies[0]
+        return y
+
+    fn = adapted(step, names={"state": "h", "x": "token"})
+    assert check_state_update(fn, B="variable", C="variable", **SMALL).examples == 15
+
+
+def test_a_scan_that_computes_in_float32_only_says_so():
+    def scan(u, delta, A, B, C):
+        short = (x.astype(np.float32) for x in (u, delta, A, B, C))
+        return npmamba.selective_scan(*short).astype(u.dtype)
+
+    def backward(dout, u, delta, A, B, C):
+        short = (x.astype(np.float32) for x in (dout, u, delta, A, B, C))
+        gradients = npmamba.selective_scan_backward(*short)._asdict()
+        given = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+        return {name: gradients[name].astype(x.dtype) for name, x in given.items()}
+
+    with pytest.raises(Counterexample, match="float64|foretells"):
+        check_scan(scan, backward=backward, **SMALL)
+    report = check_scan(scan, backward=backward, float64=False, **SMALL)
+    assert "a_gradient_foretells_every_small_change" not in report.held
+    assert report.skipped["the scan has no float64"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_scan_of_torch(dtype):
     torch = pytest.importorskip("torch")
@@ -150,6 +181,17 @@ def test_the_command_says_what_was_tried(capsys):
     out = capsys.readouterr().out
     assert out.startswith("causal_conv1d, float32: not broken by 5 cases in ")
     assert "the same cases again: seed 3" in out
+
+
+def test_the_command_narrows_sizes_and_takes_a_step(capsys):
+    small = ["--lengths", "3", "--dims", "2", "--dstates", "1", "2", "--batches", "1", "--magnitudes", "tame"]
+    small += ["--step", "npmamba:selective_state_update", "--max-size", "50", "--without", "float64"]
+    assert cli.main(["fuzz", "npmamba:selective_scan", "--examples", "4", *small]) == 0
+    out = capsys.readouterr().out
+    assert "seqlen=3" in out
+    assert "the scan has no float64" in out
+    assert cli.main(["fuzz", "npmamba:causal_conv1d", "--operation", "conv1d", "--examples", "2", "--widths", "3"]) == 0
+    assert "width=3" in capsys.readouterr().out
 
 
 def test_the_command_writes_a_program_that_shows_the_failure(tmp_path, monkeypatch, capsys):
