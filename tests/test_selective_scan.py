@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import run_without_compiler
 from cases import DIMS, DSTATES, LENGTHS, cotangents, scan_case, scan_specs, seeds, seq_idx_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,6 +209,33 @@ def test_few_steps_with_fast_and_slow_leaks_side_by_side(rule):
     """Where an exponent may be large, kernels take another power than elsewhere; five states are four and one."""
     for seed in range(2):
         assert_agrees(with_fast_leaks(new_case(seed, 1, 4, 4, 5, discretization=rule, **ON), seed), amplified=50)
+
+
+def test_one_large_exponent_among_small_ones_is_found_on_every_processor():
+    """Also where there is no AVX-512; the power for small exponents, which here gives NaN for others, is not taken."""
+    run_without_compiler("""
+import numpy as np
+from npmamba import scalar
+
+def small(x, y):
+    return np.where(np.abs(x * y) > 126, np.nan, np.exp2(x * y))
+
+scalar.exp2_product_small = small
+from npmamba.cpu import simd
+simd.AVX512 = False
+from npmamba.ops.selective_scan import selective_scan, selective_scan_backward
+from npmamba.reference import selective_scan as reference
+rng = np.random.default_rng(0)
+u, delta, B, C = (rng.uniform(0.5, 1, shape) for shape in [(1, 19, 3), (1, 19, 3), (1, 5, 3), (1, 5, 3)])
+for channel, state in [(0, 0), (0, 4), (7, 2), (8, 0), (18, 0), (18, 4)]:
+    A = -rng.uniform(1, 2, (19, 5))
+    A[channel, state] = -300
+    arguments = u, delta, A, B, C
+    np.testing.assert_allclose(selective_scan(*arguments), reference.forward(*arguments)[0], rtol=1e-12)
+    found, wanted = selective_scan_backward(u, *arguments), reference.backward(u, *arguments)
+    for name in ("u", "delta", "A", "B", "C"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-11, atol=1e-12)
+""")
 
 
 @settings(max_examples=40)
