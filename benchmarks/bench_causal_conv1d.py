@@ -150,6 +150,7 @@ def on_gpu(asked: argparse.Namespace) -> None:
     memories, dtypes = asked.memory or ["rows", "packed", "lines"], asked.dtype or list(DTYPES[:2])
     if asked.stretch:
         conv_shares.STRETCH = conv_shares.SHORTEST = conv_shares.LONGEST = asked.stretch
+        conv_shares.AHEAD = dict.fromkeys(conv_shares.AHEAD, asked.stretch)
     settings = {**gpu_timing.described(), "copy_bandwidth": bandwidth, "stretch": asked.stretch}
     report = harness.Report("causal convolution", 1, **settings)
     print("".join(f"{name}: {what}\n" for name, what in settings.items()))

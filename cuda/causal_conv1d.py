@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from npmamba.cuda import conv_any, conv_lines, conv_rows
 from npmamba.cuda.arrays import empty, library, strides, zeros
 from npmamba.cuda.conv_parts import BIAS, DINITIAL, DLAST, INITIAL, PACKED, REVERSE, SILU, THREADS, WIDTHS
-from npmamba.cuda.conv_shares import any_share, line_share, line_share_backward, row_share, stretches
+from npmamba.cuda.conv_shares import any_share, line_share, line_share_backward, row_share, stretches, stretches_ahead
 from npmamba.cuda.conv_sum import COLUMNS, SUM
 from npmamba.cuda.conv_update import UPDATE
 from npmamba.cuda.layout import native, side_by_side
@@ -108,7 +108,7 @@ def _launch_forward(x: Any, y: Any, last: Any, parameters: Any, steps: Any, reve
     x, y = _in_walk_order(reverse, packed, x, y)
     arrays = (x, *parameters, *steps, y, last)
     if family is conv_rows:
-        grid, sizes = row_share(x)
+        grid, sizes = row_share(x, stretches_ahead(x))
         along = strides(x)[::2] + strides(y)[::2]
         constants = conv_rows.forward_constants(x.dtype, width, packed)
         return conv_rows.FORWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), **constants)
@@ -143,9 +143,10 @@ def _backward_rows(saved: Saved, dout: Any, x: Any, dx: Any, dlast: Any, dinitia
     """Run the kernel and return the parts of dweight and dbias, (parts, width + 1, dim)."""
     _, weight, bias, initial = saved.prepared
     packed, (dim, width) = saved.walk[0] is not None, weight.shape
-    parts = empty(x, (stretches(x).parts, width + 1, dim), weight.dtype)
+    cut = stretches(x)
+    parts = empty(x, (cut.parts, width + 1, dim), weight.dtype)
     dout, x, dx = _in_walk_order(saved.reverse, packed, dout, x, dx)
-    grid, sizes = row_share(x)
+    grid, sizes = row_share(x, cut)
     arrays = (dout, x, weight, bias, initial, dlast, *saved.walk, dx, dinitial, parts)
     along = strides(dout)[::2] + strides(x)[::2] + strides(dx)[::2]
     constants = conv_rows.backward_constants(x.dtype, width, packed)

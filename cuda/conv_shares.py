@@ -11,11 +11,15 @@ from npmamba.cuda import conv_any
 from npmamba.cuda.conv_parts import COLUMNS, GROUP, THREADS, lanes_of, row_lanes
 
 STRETCH, SHORTEST, LONGEST = 64, 16, 512
-"""Steps of a stretch where there is neither little work nor very much, and its bounds."""
+"""Steps of a stretch backward where there is neither little work nor very much, and its bounds."""
+AHEAD = {2: 32, 4: 16, 8: 16}
+"""Steps of a stretch forward, by the bytes of a number: nothing is summed over time, so that short ones cost little."""
 TURNS = 8
 """Pieces that a thread of `npmamba.cuda.conv_lines` takes in turn, at most."""
-ENOUGH, PLENTY = 2**16, 2**18
-"""Threads, below which each is given half as much to do, and from which on it is given twice as much."""
+FEW, PLENTY = 2**15, 2**18
+"""Threads of a backward pass, below which each is given half as much to do, and from which on twice as much."""
+ENOUGH = 2**16
+"""Threads of `npmamba.cuda.conv_lines`, below which each is given half as much to do."""
 
 
 class Stretches(NamedTuple):
@@ -32,11 +36,18 @@ class Stretches(NamedTuple):
         return -(-self.lines // GROUP)
 
 
+def stretches_ahead(x: Any) -> Stretches:
+    """Divide the time of `x` (batch, dim, seqlen) for the forward pass."""
+    steps = AHEAD[x.dtype.itemsize]
+    per_row = -(-x.shape[2] // steps)
+    return Stretches(steps, per_row, x.shape[0] * per_row)
+
+
 def stretches(x: Any) -> Stretches:
-    """Divide the time of `x` (batch, dim, seqlen): the same way for every memory order."""
+    """Divide it for the backward pass, which sums over it: the same way for every memory order."""
     (batch, dim, seqlen), steps = x.shape, STRETCH
     across = batch * -(-dim // row_lanes(x.dtype))
-    while across * -(-seqlen // steps) < ENOUGH and steps > SHORTEST:
+    while across * -(-seqlen // steps) < FEW and steps > SHORTEST:
         steps //= 2
     while across * -(-seqlen // steps) >= PLENTY and steps < LONGEST:
         steps *= 2
@@ -48,9 +59,9 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:
+def row_share(x: Any, cut: Stretches) -> tuple[tuple[int], tuple[int, ...]]:
     """Return the grid and the sizes for `npmamba.cuda.conv_rows`."""
-    (_, dim, seqlen), cut = x.shape, stretches(x)
+    _, dim, seqlen = x.shape
     pieces = -(-dim // row_lanes(x.dtype))
     columns = min(COLUMNS, _power_of_two(pieces))
     blocks = -(-pieces // columns)

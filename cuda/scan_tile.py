@@ -60,8 +60,10 @@ def division(dstate: int, itemsize: int, *, backward: bool = False) -> Shape:
     """Return how a channel's states are divided over lanes, and the longest tile whose parts fit shared memory."""
     if dstate > 128:
         states, lanes = 8, 32
-    elif dstate > 4:
+    elif dstate > 8:
         states, lanes = 4, 1 << (-(-dstate // 4) - 1).bit_length()
+    elif dstate > 4:  # what belongs to a step alone is divided by four lanes as well: that is half of the work
+        states, lanes = 2, 4
     else:
         states, lanes = 1 << (dstate - 1).bit_length(), 1
     wide = max(4, itemsize)

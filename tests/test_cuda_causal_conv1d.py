@@ -142,6 +142,7 @@ def test_shorter_types_are_computed_in_float32_and_rounded_once(device_backend, 
 def test_stretches_of_time_are_joined(device_backend, monkeypatch, seq_idx, reverse):
     """More of them than a block has, of two batch rows, the last one short."""
     monkeypatch.setattr(conv_shares, "SHORTEST", 4)
+    monkeypatch.setattr(conv_shares, "AHEAD", dict.fromkeys(conv_shares.AHEAD, 4))
     seqlen = 4 * (conv_rows.THREADS // 2) - 3
     case, dout, dlast = drawn(3, 2, 4, seqlen, 4, **ON, seq_idx=seq_idx, reverse=reverse)
     assert conv_shares.stretches(case["x"]).lines == conv_rows.THREADS
