@@ -151,7 +151,7 @@ class Run:
             self.failed.append(report.nodeid)
 
 
-class Workplace:
+class Bench:
     """A clone of the committed sources, and what the unchanged ones do there."""
 
     def __init__(self, folder: Path, share: str) -> None:
@@ -317,7 +317,7 @@ def _lives(result: dict[str, Any]) -> bool:
     return result["status"] in ("survived", "unreached")
 
 
-def score(work: Workplace, seed: int, count: int) -> dict[str, Any]:
+def score(work: Bench, seed: int, count: int) -> dict[str, Any]:
     reasons = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     every = results(work.folder)
     found = [every[m.name] for m in drawn(work.clone, seed, count) if m.name in every]
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--score", action="store_true", help=f"write {SCORE.relative_to(ROOT)} and run nothing")
     given = parser.parse_args()
     os.environ |= {"NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "quick", "OPENBLAS_NUM_THREADS": "1"}
-    work = Workplace(given.work.resolve(), given.share)
+    work = Bench(given.work.resolve(), given.share)
     if given.score:
         SCORE.write_text(json.dumps(score(work, given.seed, given.mutants), indent=1) + "\n")
         return
