@@ -6,20 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from npmamba.testing.law import Broken, Results, Scan, law, same_dtype, tolerance
+from npmamba.testing.law import Results, Scan, law, tolerance
 from npmamba.testing.law_tools import (
     any_step,
     combined,
     compare,
+    copied,
     drawn,
-    fortran,
     gate_of,
-    negative,
+    laid_out,
     normal,
     not_float64,
-    read_only,
+    results_of_their_own,
     starts_of,
-    strided,
     two_channels,
     two_rows,
     two_states,
@@ -33,18 +32,8 @@ def a_call_leaves_its_arguments_as_they_are(scan: Scan, arguments: dict[str, Any
     """A scan is a function: it changes none of its arguments, its results are arrays of their own, of the dtypes of u
     (y) and A (the last state), and the same call has the same result again."""
     arguments = drawn(scan, arguments, rng, "D", "z", "initial_state")
-    arguments = {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
-    copies = {name: x.copy() for name, x in arguments.items() if isinstance(x, np.ndarray)}
-    first = scan(arguments)
-    kept = Results(*(None if x is None else x.copy() for x in first))
-    for name, x in copies.items():
-        if arguments[name].tobytes() != x.tobytes():
-            raise Broken(f"the call changed {name}", x, arguments[name], np.inf, arguments)
-        if any(r is not None and np.shares_memory(r, arguments[name]) for r in first):
-            raise Broken(f"a result lies in the memory of {name}", None, None, np.inf, arguments)
-    for what, x, like in zip(("y", "last_state"), first, ("u", "A"), strict=True):
-        if x is not None and same_dtype(x) != same_dtype(arguments[like]):
-            raise Broken(f"{what} has dtype {x.dtype}, not {arguments[like].dtype}", None, x, np.inf, arguments)
+    arguments = copied(arguments)
+    first, kept = results_of_their_own(scan, arguments, ("u", "A"))
     compare(scan, scan(arguments), kept, arguments, bits=True)
     compare(scan, first, kept, arguments, bits=True)
 
@@ -53,11 +42,7 @@ def a_call_leaves_its_arguments_as_they_are(scan: Scan, arguments: dict[str, Any
 def memory_order_does_not_matter(scan: Scan, arguments: dict[str, Any], rng: np.random.Generator) -> None:
     """An array is its shape and its values. Where they lie in memory (in which order, with which strides, whether one
     may write there) changes nothing."""
-    laid, layouts = dict(arguments), (fortran, strided, negative, read_only)
-    for name, x in arguments.items():
-        if isinstance(x, np.ndarray):
-            laid[name] = layouts[rng.integers(len(layouts))](x)
-    plain = {name: np.array(x, order="C") if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    laid, plain = laid_out(arguments, rng)
     compare(scan, scan(laid), scan(plain), laid, bits=True)
 
 

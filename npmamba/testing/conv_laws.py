@@ -45,8 +45,8 @@ from npmamba.testing.conv_tools import (
     with_state,
 )
 from npmamba.testing.gradient_tools import longer
-from npmamba.testing.law import Broken, Law, Results, law, same_dtype
-from npmamba.testing.law_tools import combined, fortran, negative, normal, read_only, some_edges, strided, wide
+from npmamba.testing.law import Law, Results, law, same_dtype
+from npmamba.testing.law_tools import combined, copied, laid_out, normal, results_of_their_own, some_edges, wide
 
 
 def conv_law(*needs: str, only: Any = any_step) -> Any:
@@ -62,29 +62,15 @@ def a_call_leaves_its_arguments_as_they_are(conv: Conv, arguments: Arrays, rng: 
     """A convolution is a function: it changes none of its arguments, its results are arrays of their own, of the dtypes
     of x (y) and weight (the last state), and the same call has the same result again."""
     arguments = with_state(conv, with_bias(conv, arguments, rng), rng)
-    arguments = {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
-    copies = {name: x.copy() for name, x in arguments.items() if isinstance(x, np.ndarray)}
-    first = conv(arguments)
-    kept = Results(*(None if x is None else x.copy() for x in first))
-    for name, x in copies.items():
-        if arguments[name].tobytes() != x.tobytes():
-            raise Broken(f"the call changed {name}", x, arguments[name], np.inf, arguments)
-        if any(r is not None and np.shares_memory(r, arguments[name]) for r in first):
-            raise Broken(f"a result lies in the memory of {name}", None, None, np.inf, arguments)
-    for what, x, like in zip(("y", "last_state"), first, ("x", "weight"), strict=True):
-        if x is not None and same_dtype(x) != same_dtype(arguments[like]):
-            raise Broken(f"{what} has dtype {x.dtype}, not {arguments[like].dtype}", None, x, np.inf, arguments)
+    arguments = copied(arguments)
+    _, kept = results_of_their_own(conv, arguments, ("x", "weight"))
     compare(conv, conv(arguments), kept, arguments, bits=True)
 
 
 @conv_law("strides")
 def memory_order_does_not_matter(conv: Conv, arguments: Arrays, rng: np.random.Generator) -> None:
     """An array is its shape and its values, wherever they lie in memory."""
-    laid, layouts = dict(arguments), (fortran, strided, negative, read_only)
-    for name, x in arguments.items():
-        if isinstance(x, np.ndarray):
-            laid[name] = layouts[rng.integers(len(layouts))](x)
-    plain = {name: np.array(x, order="C") if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    laid, plain = laid_out(arguments, rng)
     compare(conv, conv(laid), conv(plain), arguments, bits=True)
 
 

@@ -51,30 +51,15 @@ class Conv(Candidate):
 
     def __call__(self, arguments: Arrays) -> Results:
         """Return y and the last state; None for the latter if the convolution has none."""
-        given = self._given(arguments)
-        if self.can("return_last_state") and self.can("last_state"):
-            given["return_last_state"] = True
-        with np.errstate(all="ignore"):
-            out = self._call(self.fn, given, arguments)
-        y, last_state = out if isinstance(out, tuple) else (out, None)
-        self._expect_shape("y", y, arguments["x"].shape, arguments)
-        if self.can("last_state"):
-            self._expect_shape("last_state", last_state, state_shape(arguments), arguments)
-        return Results(np.asarray(y), None if last_state is None else np.asarray(last_state))
+        shape = arguments["x"].shape
+        return self._results(self._given(arguments), arguments, shape, state_shape(arguments))
 
     def gradients(self, arguments: Arrays, dout: Any, dlast_state: Any = None) -> Arrays:
         """Return the gradients of the arguments that are given, by their names."""
         given = {**self._given(arguments), "dout": dout}
         if dlast_state is not None:
             given["dlast_state"] = dlast_state
-        assert self.capabilities.backward is not None
-        with np.errstate(all="ignore"):
-            out = self._call(self.capabilities.backward, given, arguments)
-        out = out if isinstance(out, dict) else out._asdict()
-        names = [name for name in ARRAYS if arguments.get(name) is not None]
-        for name in names:
-            self._expect_shape(f"the gradient of {name}", out.get(name), arguments[name].shape, arguments)
-        return {name: np.asarray(out[name]) for name in names}
+        return self._gradients(given, arguments, ARRAYS)
 
     def _given(self, arguments: Arrays) -> Arrays:
         asked = ("x", "weight", *(n for n, off in OPTIONS.items() if self.can(n) and arguments.get(n, off) is not off))

@@ -7,7 +7,7 @@ a scan cannot be asked stands in its `Capabilities`, and laws that need it are s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -251,6 +251,31 @@ class Candidate:
             what = f"the call raised {type(error).__name__}: {error}"
             raise Broken(what, None, None, np.inf, arguments) from error
 
+    def _results(
+        self, given: dict[str, Any], arguments: dict[str, Any], shape: tuple[int, ...], of_state: tuple[int, ...]
+    ) -> Results:
+        """Call the function; return y, of `shape`, and the last state, None if there is none."""
+        if self.can("return_last_state") and self.can("last_state"):
+            given["return_last_state"] = True
+        with np.errstate(all="ignore"):
+            out = self._call(self.fn, given, arguments)
+        y, last_state = out if isinstance(out, tuple) else (out, None)
+        self._expect_shape("y", y, shape, arguments)
+        if self.can("last_state"):
+            self._expect_shape("last_state", last_state, of_state, arguments)
+        return Results(np.asarray(y), None if last_state is None else np.asarray(last_state))
+
+    def _gradients(self, given: dict[str, Any], arguments: dict[str, Any], arrays: Iterable[str]) -> dict[str, Any]:
+        """Call the backward; return the gradients of those of `arrays` that are given, by their names."""
+        assert self.capabilities.backward is not None
+        with np.errstate(all="ignore"):
+            out = self._call(self.capabilities.backward, given, arguments)
+        out = out if isinstance(out, dict) else out._asdict()
+        names = [name for name in arrays if arguments.get(name) is not None]
+        for name in names:
+            self._expect_shape(f"the gradient of {name}", out.get(name), arguments[name].shape, arguments)
+        return {name: np.asarray(out[name]) for name in names}
+
     def _expect_shape(self, what: str, got: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
         if np.shape(got) != tuple(shape):
             raise Broken(f"{what} has shape {np.shape(got)}, not {tuple(shape)}", None, got, np.inf, arguments)
@@ -294,31 +319,15 @@ class Scan(Candidate):
 
     def __call__(self, arguments: dict[str, Any]) -> Results:
         """Return y and the last state; None for the latter if the scan has none."""
-        given = self._given(arguments)
-        if self.can("return_last_state") and self.can("last_state"):
-            given["return_last_state"] = True
-        with np.errstate(all="ignore"):
-            out = self._call(self.fn, given, arguments)
-        y, last_state = out if isinstance(out, tuple) else (out, None)
-        shape = arguments["u"].shape[:2] + arguments["A"].shape[1:]
-        self._expect_shape("y", y, arguments["u"].shape, arguments)
-        if self.can("last_state"):
-            self._expect_shape("last_state", last_state, shape, arguments)
-        return Results(np.asarray(y), None if last_state is None else np.asarray(last_state))
+        of_state = arguments["u"].shape[:2] + arguments["A"].shape[1:]
+        return self._results(self._given(arguments), arguments, arguments["u"].shape, of_state)
 
     def gradients(self, arguments: dict[str, Any], dout: Any, dlast_state: Any = None) -> dict[str, Any]:
         """Return the gradients of the arguments that are given, by their names."""
         given = {**self._given(arguments), "dout": dout}
         if dlast_state is not None and self.can("last_state"):
             given["dlast_state"] = dlast_state
-        assert self.capabilities.backward is not None
-        with np.errstate(all="ignore"):
-            out = self._call(self.capabilities.backward, given, arguments)
-        out = out if isinstance(out, dict) else out._asdict()
-        names = [name for name in ARRAYS if arguments.get(name) is not None]
-        for name in names:
-            self._expect_shape(f"the gradient of {name}", out.get(name), arguments[name].shape, arguments)
-        return {name: np.asarray(out[name]) for name in names}
+        return self._gradients(given, arguments, ARRAYS)
 
     def _given(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = [*REQUIRED, *(name for name in OPTIONS if self.can(name) and is_given(arguments, name))]

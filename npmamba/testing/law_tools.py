@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from npmamba.reference.functions import runs, silu
-from npmamba.testing.law import Results, Scan, tolerance
+from npmamba.testing.law import Broken, Results, Scan, same_dtype, tolerance
 from npmamba.testing.parts import step_size
 
 
@@ -156,3 +156,61 @@ def read_only(x: Any) -> Any:
     x = x.copy()
     x.flags.writeable = False
     return x
+
+
+# --- what a call may touch ---
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with copies of their arrays."""
+    return {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+
+
+def laid_out(arguments: dict[str, Any], rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return arguments of the same values: each array somewhere in memory, and all in C order."""
+    laid, layouts = dict(arguments), (fortran, strided, negative, read_only)
+    for name, x in arguments.items():
+        if isinstance(x, np.ndarray):
+            laid[name] = layouts[rng.integers(len(layouts))](x)
+    return laid, {name: np.array(x, order="C") if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+
+
+def check_untouched(
+    before: dict[str, Any], now: dict[str, Any], results: list[Any], what: str, arguments: dict[str, Any]
+) -> None:
+    """Break the law if an array is no longer as `before`, or a result, told as `what`, lies in its memory."""
+    for name, x in before.items():
+        if not isinstance(x, np.ndarray):
+            continue
+        if now[name].tobytes() != x.tobytes():
+            raise Broken(f"the call changed {name}", x, now[name], np.inf, arguments)
+        if any(np.shares_memory(now[name], r) for r in results):
+            raise Broken(f"{what} lies in the memory of {name}", None, None, np.inf, arguments)
+
+
+def results_of_their_own(candidate: Any, arguments: dict[str, Any], likes: tuple[str, str]) -> tuple[Results, Results]:
+    """Call a candidate, which may change and return nothing of the arguments, nor dtypes other than those of `likes`.
+
+    Returns y and the last state as they came, and copies of them.
+    """
+    copies = copied(arguments)
+    first = candidate(arguments)
+    kept = Results(*(None if x is None else x.copy() for x in first))
+    check_untouched(copies, arguments, [r for r in first if r is not None], "a result", arguments)
+    for what, x, like in zip(("y", "last_state"), first, likes, strict=True):
+        if x is not None and same_dtype(x) != same_dtype(arguments[like]):
+            raise Broken(f"{what} has dtype {x.dtype}, not {arguments[like].dtype}", None, x, np.inf, arguments)
+    return first, kept
+
+
+def gradients_of_their_own(candidate: Any, arguments: dict[str, Any], dout: Any, dlast: Any) -> dict[str, Any]:
+    """Call a candidate's backward, which may change and return nothing of dout and the arguments, nor other dtypes."""
+    given = {**arguments, "dout": dout}
+    copies = copied(given)
+    gradients: dict[str, Any] = candidate.gradients(arguments, dout, dlast)
+    check_untouched(copies, given, list(gradients.values()), "a gradient", arguments)
+    for name, gradient in gradients.items():
+        if same_dtype(gradient) != same_dtype(arguments[name]):
+            what = f"the gradient of {name} has dtype {gradient.dtype}, not {arguments[name].dtype}"
+            raise Broken(what, None, gradient, np.inf, arguments)
+    return gradients
