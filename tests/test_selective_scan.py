@@ -462,9 +462,12 @@ def test_results_have_the_memory_order_of_their_arguments(batch):
     for name in ("u", "z"):
         case[name] = slice_of_a_product(case[name])
     got = everything(case)
-    side_by_side = {name: got[name].swapaxes(1, 2).flags.c_contiguous for name in ("y", "du", "dz", "ddelta")}
-    assert side_by_side == {"y": True, "du": True, "dz": True, "ddelta": False}
-    assert all(got[name].flags.c_contiguous for name in ("ddelta", "dA", "last_state"))
+    names = ("y", "last_state", "du", "dz", "ddelta")
+    side_by_side = {name: got[name].swapaxes(1, 2).flags.c_contiguous for name in names}
+    assert side_by_side == {"y": True, "last_state": True, "du": True, "dz": True, "ddelta": False}
+    assert all(got[name].flags.c_contiguous for name in ("ddelta", "dA"))
+    case["u"] = case["u"].copy()
+    assert forward(case)["last_state"].flags.c_contiguous
 
 
 # --- laws of the mathematics ---

@@ -13,7 +13,7 @@ from numba.core.errors import TypingError
 
 from npmamba.cpu import simd
 from npmamba.cpu.runtime import Int, Kernel, Read, ReadInt, Write, kernel
-from npmamba.cpu.simd import LANES, accumulate, load, pick, prefetch, store, total, width
+from npmamba.cpu.simd import LANES, accumulate, anchored, load, pick, prefetch, store, total, width
 from npmamba.scalar import cast, fma, select, sqrt
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
@@ -142,6 +142,23 @@ def test_pick_reads_one_number_and_takes_its_index_as_it_is(dtype):
 
 
 @DTYPES
+def test_an_anchored_view_shares_memory_with_its_array(dtype):
+    lanes = LANES[np.dtype(dtype)]
+    write = njit(lambda x, i: store(anchored(x, i), (1,), load(anchored(x, i), (0,))))
+    for f in (write, write.py_func):
+        x = np.arange(lanes + 9, dtype=dtype)
+        f(x, 3)
+        np.testing.assert_array_equal(x, [0, 1, 2, 3, *range(3, lanes + 3), *range(lanes + 4, lanes + 9)])
+    read = njit(lambda x, i: (pick(anchored(x, i), 2), len(anchored(x, i))))
+    assert read(x, 4) == (x[6], lanes + 5)
+    outside = njit(lambda x, i: total(load(anchored(x, i), (1,))), boundscheck=True)
+    assert outside(x, 8) == x[9:].sum()
+    for place in (9, lanes + 20, -2):
+        with pytest.raises(IndexError):
+            outside(x, place)
+
+
+@DTYPES
 def test_places_outside_an_array_are_found_where_numba_is_told_to_check(dtype):
     """What ``NUMBA_BOUNDSCHECK=1`` says for all kernels. Lanes that are not touched may lie anywhere."""
     lanes = LANES[np.dtype(dtype)]
@@ -200,6 +217,7 @@ def test_a_vector_of_another_dtype_is_not_stored():
         pytest.param(lambda x: load(x, (0,)) + 1.0, id="a bare literal"),
         pytest.param(lambda x: select(True, load(x, (0,)), load(x, (0,))), id="a bool for a mask"),
         pytest.param(lambda x: pick(x.reshape(2, 8), 0), id="pick of a matrix"),
+        pytest.param(lambda x: load(anchored(x[::2], 0), (0,)), id="an anchor in what has gaps"),
     ],
 )
 def test_mistakes_do_not_compile(mistake):

@@ -43,7 +43,7 @@ def _transpose(start: Int, stop: Int, x: Read[3], out: Write[3]):
                     store(out, (b, j0 + j, i0 + i), load(line, (i,)), k - i)
 
 
-def _transposed(x: np.ndarray) -> np.ndarray:
+def transposed(x: np.ndarray) -> np.ndarray:
     """Return a float32 or float64 array (batch, m, n) as a new C-contiguous one (batch, n, m)."""
     batch, m, n = x.shape
     if n > 1 and x.strides[2] != x.itemsize:
@@ -62,7 +62,7 @@ def native(x: np.ndarray, dtype: Any) -> np.ndarray:
 def rows(x: np.ndarray, dtype: Any) -> np.ndarray:
     """Return `x` (batch, dim, seqlen) as (batch, seqlen, dim) with unit channel stride: a view where memory allows."""
     x = native(x, dtype)
-    return x.swapaxes(1, 2) if x.shape[1] == 1 or x.strides[1] == x.itemsize else _transposed(x)
+    return x.swapaxes(1, 2) if x.shape[1] == 1 or x.strides[1] == x.itemsize else transposed(x)
 
 
 def rows_like(u: np.ndarray, dtype: Any) -> np.ndarray:
@@ -70,12 +70,18 @@ def rows_like(u: np.ndarray, dtype: Any) -> np.ndarray:
     return empty((u.shape[0], u.shape[2], u.shape[1]), dtype)
 
 
+def channels_apart(u: np.ndarray) -> bool:
+    """Tell whether the channels of `u` (batch, dim, seqlen) lie further apart in memory than its steps."""
+    return abs(u.strides[1]) > abs(u.strides[2]) or u.flags.c_contiguous
+
+
 def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Return a (batch, seqlen, dim) result as (batch, dim, seqlen), in the dtype and memory order of `u`.
 
     The order is C unless `u`'s channels lie side by side, as with NumPy's ``order="K"``.
     """
-    channels_first = abs(u.strides[1]) > abs(u.strides[2]) or u.flags.c_contiguous
-    result = _transposed(result) if channels_first else result.swapaxes(1, 2)
+    result = transposed(result) if channels_apart(u) else result.swapaxes(1, 2)
+    if result.dtype == u.dtype:
+        return result
     with np.errstate(over="ignore"):  # what lies beyond float16's range is infinite there
         return result.astype(u.dtype.newbyteorder("="), copy=False)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +36,7 @@ def schedule(seqlen: int, seq_idx: np.ndarray | None, reverse: bool) -> Schedule
     last step that was not padding.
     """
     if seq_idx is None:
-        order = np.arange(seqlen)[None, :: -1 if reverse else 1]
-        return Schedule(order, np.broadcast_to(np.int64(0), (1, seqlen)), np.array([seqlen]))
+        return _every_step(seqlen, reverse)
     order = np.zeros(seq_idx.shape, np.int64)
     fresh = np.zeros(seq_idx.shape, np.int64)
     steps = np.zeros(seq_idx.shape[0], np.int64)
@@ -48,6 +48,13 @@ def schedule(seqlen: int, seq_idx: np.ndarray | None, reverse: bool) -> Schedule
     return Schedule(order, fresh, steps)
 
 
+@functools.lru_cache(maxsize=4)
+def _every_step(seqlen: int, reverse: bool) -> Schedule:
+    order = np.arange(seqlen)[None, :: -1 if reverse else 1]
+    return Schedule(order, np.broadcast_to(np.int64(0), (1, seqlen)), np.array([seqlen]))
+
+
+@functools.lru_cache(maxsize=16)
 def channel_blocks(dim: int, groups: int, size: int) -> np.ndarray:
     """Divide `dim` channels into blocks of at most `size`, none of which crosses a border between groups.
 

@@ -1,9 +1,10 @@
 """CPU twin of `npmamba.ops.selective_scan`: Numba loops, forward and backward.
 
-A task is one batch row and one block of channels. Time is walked in tiles of `TILE` steps that stay in the first-level
-cache; inside a tile the loops are: channel vector, state, time. One state of one vector of channels lives in a register
-while it runs through the tile, so one kernel serves every dstate; the forward pass takes half a tile and two states at
-once. The order of every sum is fixed by the tile and block sizes alone.
+A task is one batch row and one block of channels. The forward pass walks time step by step: the states of the block
+stay in the first-level cache, and the loops are: step, channel vector, state. The backward pass walks it in tiles of
+`TILE` steps that stay in that cache; inside a tile the loops are: channel vector, state, time, so that one state of one
+vector of channels lives in a register while it runs through the tile. One kernel serves every dstate, and the order of
+every sum is fixed by the tile and block sizes alone.
 
 Time-varying arguments arrive as (batch, seqlen, dim) with unit channel stride. Which step comes when, and where a new
 sequence begins, is told by `Schedule`: reversed time, packed sequences and padding cost the loops nothing.
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cpu.layout import in_order_of, native, rows, rows_like
+from npmamba.cpu.layout import channels_apart, in_order_of, native, rows, rows_like, transposed
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Write, WriteDouble, empty, launch, scratch
 from npmamba.cpu.scan_row import (
     A_VALUE,
@@ -24,6 +25,7 @@ from npmamba.cpu.scan_row import (
     CACHED,
     RATE,
     ROW_SLOTS,
+    coefficient_slots,
     largest_rates,
     load_states,
     make_walk,
@@ -52,7 +54,7 @@ BLOCK_VECTORS = 16
 
 
 def _make_forward(zoh: bool, constant: bool) -> Kernel:
-    walk = make_walk(zoh, constant)
+    walk, slots = make_walk(zoh, constant), coefficient_slots(zoh, constant)
 
     def _forward(
         start: Int,
@@ -87,7 +89,8 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
         w, dstate = width(u), A.shape[0]
         most = max(1, min(BLOCK_VECTORS, CACHED // dstate))
         kind = most * dstate * w
-        h, coefficients = scratch((kind,), u), scratch((4 * kind if zoh or constant else kind,), u)
+        h, coefficients = scratch((kind,), u), scratch((slots * kind,), u)
+        maps, maps2 = scratch((2 * (dstate + w),), u), scratch((2 * (dstate + w),), u)
         row, largest = scratch((ROW_SLOTS * most * w,), u), scratch((most * w,), u)
         for task in range(start, stop):
             b, block = task // blocks.shape[0], task % blocks.shape[0]
@@ -96,21 +99,21 @@ def _make_forward(zoh: bool, constant: bool) -> Kernel:
             steps = steps_of[line]
             for d in range(d0, d1, most * w):
                 vectors = min(most, (d1 - d + w - 1) // w)
-                load_states(A2, RATE * kind, d, d1, vectors, coefficients)
-                largest_rates(coefficients, dstate, vectors, largest)
+                load_states(A2, RATE, slots, d, d1, vectors, coefficients)
+                largest_rates(coefficients, slots, dstate, vectors, largest)
                 if zoh:
-                    load_states(A, A_VALUE * kind, d, d1, vectors, coefficients)
+                    load_states(A, A_VALUE, slots, d, d1, vectors, coefficients)
                 if constant:
-                    load_states(B_factor, B_FACTOR * kind, d, d1, vectors, coefficients)
-                    load_states(C_factor, C_FACTOR * kind, d, d1, vectors, coefficients)
-                load_states(initial[b], 0, d, d1, vectors, h)
+                    load_states(B_factor, B_FACTOR, slots, d, d1, vectors, coefficients)
+                    load_states(C_factor, C_FACTOR, slots, d, d1, vectors, coefficients)
+                load_states(initial[b], 0, 1, d, d1, vectors, h)
                 for t0 in range(0, steps, TILE):
                     if checkpoints.shape[0]:
                         store_states(h, checkpoints[b, t0 // TILE], d, d1, vectors)
                     walk(
                         u, raw_delta, bias, D, z, out, B, C, b, group, order[line], fresh[line], t0,
-                        min(t0 + TILE, steps), steps, d, d1, vectors, dstate, kind, h, coefficients, largest, row,
-                        softplus_on,
+                        min(t0 + TILE, steps), steps, d, d1, vectors, dstate, h, coefficients, maps, maps2, largest,
+                        row, softplus_on,
                     )  # fmt: skip
                 store_states(h, last[b], d, d1, vectors)
 
@@ -286,24 +289,27 @@ def _map(M: np.ndarray, groups: int, shape: tuple[int, int], dtype: Any) -> tupl
         ones = np.broadcast_to(dtype.type(1), (batch, groups, seqlen, M.shape[1]))
         return ones, np.ascontiguousarray(M.T)
     steps = (M if M.ndim == 4 else M[:, None]).swapaxes(2, 3)
-    return np.broadcast_to(steps, (batch, groups, *steps.shape[2:])), np.empty((0, 0), dtype)
+    steps = steps if steps.shape[1] == groups else np.broadcast_to(steps, (batch, groups, *steps.shape[2:]))
+    return steps, np.empty((0, 0), dtype)
 
 
 def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return A and A log2(e) as (dstate, dim), without minus infinity: its product with delta = 0 must be 0."""
-    lowest = np.finfo(dtype).min
-    A = native(A, dtype).T
-    A = np.ascontiguousarray(np.where(np.isnan(A), dtype.type(np.nan), A))  # exp2 keeps this NaN, not every other
+    lowest, log2e = np.finfo(dtype).min, dtype.type(np.log2(np.e))
+    A = np.ascontiguousarray(native(A, dtype).T)
+    if A.min(initial=0) > lowest / 2:  # as ever: no NaN, and nothing beyond the range
+        return A, A * log2e
+    A = np.where(np.isnan(A), dtype.type(np.nan), A)  # exp2 keeps this NaN, not every other
     with np.errstate(over="ignore"):
-        return np.maximum(A, lowest), np.maximum(A * dtype.type(np.log2(np.e)), lowest)
+        return np.maximum(A, lowest), np.maximum(A * log2e, lowest)
 
 
 def _states(state: np.ndarray | None, shape: tuple[int, int, int], dtype: Any) -> np.ndarray:
     """Return a (batch, dim, dstate) state as (batch, dstate, dim), zeros for None."""
     batch, dim, dstate = shape
     if state is None:
-        return np.zeros((batch, dstate, dim), dtype)
-    return np.ascontiguousarray(native(state, dtype).swapaxes(1, 2))
+        return np.broadcast_to(np.zeros(dim, dtype), (batch, dstate, dim))
+    return transposed(native(state, dtype))
 
 
 def _prepare(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, dtype: Any) -> Prepared:
@@ -328,7 +334,7 @@ def _prepare(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_b
 def _fresh_output(u: np.ndarray, dtype: Any, walk: Schedule) -> np.ndarray:
     """Allocate a result like `u`; zeros where padding is skipped, for the kernel does not write there."""
     out = rows_like(u, dtype)
-    if (walk.steps < u.shape[2]).any():
+    if walk.steps.min(initial=u.shape[2]) < u.shape[2]:
         out[...] = 0
     return out
 
@@ -366,7 +372,8 @@ def forward(
     arguments = (*prepared, state, blocks, *walk, out, last, checkpoints, bool(delta_softplus))
     launch(_FORWARD[rule], dtype, tasks, *arguments, work=u.size * dstate)
     y = in_order_of(out, u)
-    last = np.ascontiguousarray(last.swapaxes(1, 2), compute_dtype(u.dtype))
+    last = transposed(last) if channels_apart(u) else last.swapaxes(1, 2)
+    last = last.astype(compute_dtype(u.dtype), copy=False)
     if not save:
         return y, last, None
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -403,7 +410,7 @@ def backward(dout: np.ndarray | None, dlast_state: np.ndarray | None, saved: Sav
         None if delta_bias is None else dbias.astype(delta_bias.dtype.newbyteorder("=")),
         None
         if initial_state is None
-        else np.ascontiguousarray(dinitial.swapaxes(1, 2), initial_state.dtype.newbyteorder("=")),
+        else transposed(dinitial).astype(initial_state.dtype.newbyteorder("="), copy=False),
     )
 
 

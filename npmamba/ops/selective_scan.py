@@ -96,7 +96,8 @@ def selective_scan(
     y : array (batch, dim, seqlen)
         Dtype and memory order of `u`.
     last_state : array (batch, dim, dstate)
-        Only with `return_last_state`; float32, or float64 for float64 `u`.
+        Only with `return_last_state`; float32, or float64 for float64 `u`. Of NumPy arrays its channels lie
+        side by side if those of `u` do.
 
     Raises
     ------
