@@ -249,3 +249,34 @@ def test_processes_share_the_cache_and_may_start_at_once(tmp_path):
         assert log.count("compiling kernels (once)") == 1
     answer, log = start(tmp_path).communicate()
     assert (answer, log) == (ANSWER, "")
+
+
+SCAN = """
+import sys
+import numpy as np
+from npmamba import selective_scan
+from npmamba.reference.selective_scan import forward
+draw = np.random.default_rng(1).uniform
+shapes = {"u": (1, 3, 5), "delta": (1, 3, 5), "A": (3, 2), "B": (1, 2, 5)}
+given = [draw(-1, -0.1, shape) if name == "A" else draw(0.1, 1, shape) for name, shape in shapes.items()]
+for rule in sys.argv[1:]:
+    C = draw(0.1, 1, (1, 2, 5))
+    y, expected = selective_scan(*given, C, discretization=rule), forward(*given, C, discretization=rule)[0]
+    np.testing.assert_allclose(y, expected, rtol=1e-12)
+"""
+
+
+def test_kernels_of_one_source_that_several_processes_compiled_are_told_apart(tmp_path):
+    """Each process numbers what it compiles from one on, so the number does not tell the rules of the scan apart."""
+    rules = ["euler", "zoh"]
+    environment = {**os.environ, "NPMAMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
+
+    def scan(*names: str) -> None:
+        command = [sys.executable, "-c", SCAN, *names]
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    for rule in rules:
+        scan(rule)
+    scan(*rules)
+    scan(*reversed(rules))

@@ -19,6 +19,7 @@ leave the cores to the matrix products' threads, none of which holds for all of 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import itertools
 import math
@@ -58,6 +59,21 @@ Write = _Array(readonly=False)
 ReadInt = _Array(readonly=True, dtype=types.int64)
 WriteDouble = _Array(readonly=False, dtype=types.float64)
 
+def told_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that closes over constants or other functions a name that tells what these are.
+
+    Numba names machine code after the function, and after its number in the order in which a process compiles. Two
+    processes may give one name to code made of the same lines for different constants; where a third one loads both
+    from the cache, the linker would take either for the other.
+    """
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    if cells:
+        known = [getattr(x, "__qualname__", None) or repr(x) for x in cells]
+        digest = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
+        function.__qualname__ += f"_{digest}"
+    return function
+
+
 KERNELS: list[Kernel] = []
 
 
@@ -76,6 +92,7 @@ class Kernel:
         functools.update_wrapper(self, function)
         self.function = function
         self.name = f"{function.__module__}.{name or function.__qualname__}"
+        told_apart(function)
         self._compiled: dict[np.dtype, Callable[..., None]] = {}
         KERNELS.append(self)
 
@@ -107,12 +124,20 @@ def kernel(function: Callable[..., None]) -> Kernel:
     return Kernel(function)
 
 
-inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Decorator of a function that kernels call: compiled with them."""
-tight = njit(
+_inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_tight = njit(
     nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
-"""The same for a function of a line or two, which is always put in place of its call."""
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Declare a function that kernels call: compiled with them."""
+    return _inner(told_apart(function))
+
+
+def tight(function: Callable[..., Any]) -> Any:
+    """Declare a function of a few lines, which is always put in place of its call."""
+    return _tight(told_apart(function))
 
 
 # --- threads ---

@@ -297,10 +297,10 @@ def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return A and A log2(e) as (dstate, dim), without minus infinity: its product with delta = 0 must be 0."""
     lowest, log2e = np.finfo(dtype).min, dtype.type(np.log2(np.e))
     A = np.ascontiguousarray(native(A, dtype).T)
-    if A.min(initial=0) > lowest / 2:  # as ever: no NaN, and nothing beyond the range
-        return A, A * log2e
-    A = np.where(np.isnan(A), dtype.type(np.nan), A)  # exp2 keeps this NaN, not every other
     with np.errstate(over="ignore"):
+        if A.min(initial=0) > lowest / 2:  # as ever: no NaN, and nothing beyond the range
+            return A, A * log2e
+        A = np.where(np.isnan(A), dtype.type(np.nan), A)  # exp2 keeps this NaN, not every other
         return np.maximum(A, lowest), np.maximum(A * log2e, lowest)
 
 
