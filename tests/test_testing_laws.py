@@ -15,6 +15,7 @@ from test_gallery import SPECS, capabilities_of, one_number_of_groups
 from npmamba import selective_scan, selective_scan_backward, selective_state_update
 from npmamba.reference import selective_scan as reference
 from npmamba.testing import parts
+from npmamba.testing.cases import ScanCase, ScanOptions
 from npmamba.testing.gradient_laws import GRADIENT_LAWS
 from npmamba.testing.gradient_tools import of_maps
 from npmamba.testing.law import Broken, Law, law, tolerance
@@ -59,6 +60,16 @@ def test_our_scan_obeys_every_law_in_short_types(dtype, spec):
 @given(SPECS)
 def test_the_reference_obeys_every_law(spec):
     obeys_every_law(reference.forward, spec, np.float64, REFERENCE)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_gradient_is_not_blamed_for_what_a_difference_cuts_off(number):
+    """States grow a millionfold along some directions here: the change of L is no polynomial of fourth order."""
+    options = ScanOptions(C=1, delta_softplus=True, initial_state=True)
+    case = ScanCase(batch=2, dim=3, seqlen=1024, dstate=3, options=options, magnitude="wide", seed=1606)
+    law = EVERY["a_gradient_foretells_every_small_change"]
+    rng = np.random.default_rng((1606, number))
+    assert law.check(selective_scan, case.arguments(np.float64), rng, OURS) is None
 
 
 # --- the laws can be broken ---
