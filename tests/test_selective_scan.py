@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from npmamba.autodiff import check_vjp, pullback
 from npmamba.cpu import runtime
 from npmamba.cpu import selective_scan as cpu
+from npmamba.cpu.simd import LANES
 from npmamba.ops.selective_scan import SelectiveScanGradients, selective_scan, selective_scan_backward
 from npmamba.reference import selective_scan as reference
 from npmamba.testing.oracles import double_double
@@ -468,6 +469,26 @@ def test_results_have_the_memory_order_of_their_arguments(batch):
     assert all(got[name].flags.c_contiguous for name in ("ddelta", "dA"))
     case["u"] = case["u"].copy()
     assert forward(case)["last_state"].flags.c_contiguous
+
+
+@BOTH
+@RULES
+@pytest.mark.parametrize("constant", [False, True], ids=["varying", "constant"])
+def test_two_steps_at_once_are_those_that_come_one_by_one(dtype, rule, constant):
+    """Whole vectors without softplus and gate go two steps at a time; a channel more, and all go step by step."""
+    lanes = LANES[np.dtype(dtype)]
+    for seqlen, dstate, packed in ((1, 2, False), (2, 1, False), (7, 4, True), (8, 3, False), (67, 5, True)):
+        case = new_case(
+            seqlen, 2, 2 * lanes + 1, seqlen, dstate, dtype=dtype, C="constant" if constant else 1, D=True,
+            initial_state=True, discretization=rule,
+        )  # fmt: skip
+        case["seq_idx"] = np.arange(2 * seqlen).reshape(2, -1) // 3 % 4 - 1 if packed else None
+        channel = ("u", "delta", "A", "D", "initial_state") + ("C",) * constant
+        whole = dict(case)
+        for name in channel:
+            whole[name] = case[name][:-1] if name in ("A", "D", "C") else case[name][:, :-1]
+        one_by_one = {name: x[:, :-1] for name, x in forward(case).items()}
+        assert_same_bits(forward(whole), one_by_one)
 
 
 # --- laws of the mathematics ---
