@@ -50,8 +50,10 @@ def schedule(seqlen: int, seq_idx: np.ndarray | None, reverse: bool) -> Schedule
 
 @functools.lru_cache(maxsize=4)
 def _every_step(seqlen: int, reverse: bool) -> Schedule:
-    order = np.arange(seqlen)[None, :: -1 if reverse else 1]
-    return Schedule(order, np.broadcast_to(np.int64(0), (1, seqlen)), np.array([seqlen]))
+    order, steps = np.arange(seqlen)[None, :: -1 if reverse else 1], np.array([seqlen])
+    for kept in (order, steps):  # it is shared by all later calls
+        kept.setflags(write=False)
+    return Schedule(order, np.broadcast_to(np.int64(0), (1, seqlen)), steps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -69,4 +71,6 @@ def channel_blocks(dim: int, groups: int, size: int) -> np.ndarray:
         for group in range(groups)
         for d in range(0, share, size)
     ]
-    return np.array(blocks, np.int64).reshape(-1, 3)
+    table = np.array(blocks, np.int64).reshape(-1, 3)
+    table.setflags(write=False)
+    return table

@@ -296,7 +296,7 @@ def _map(M: np.ndarray, groups: int, shape: tuple[int, int], dtype: Any) -> tupl
 def _decay_rates(A: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return A and A log2(e) as (dstate, dim), without minus infinity: its product with delta = 0 must be 0."""
     lowest, log2e = np.finfo(dtype).min, dtype.type(np.log2(np.e))
-    A = np.ascontiguousarray(native(A, dtype).T)
+    A = np.array(native(A, dtype).T, order="C")  # a copy in any case: the backward pass wants both of one A
     with np.errstate(over="ignore"):
         if A.min(initial=0) > lowest / 2:  # as ever: no NaN, and nothing beyond the range
             return A, A * log2e
