@@ -70,9 +70,10 @@ def rows_like(u: np.ndarray, dtype: Any) -> np.ndarray:
     return empty((u.shape[0], u.shape[2], u.shape[1]), dtype)
 
 
-def channels_apart(u: np.ndarray) -> bool:
-    """Tell whether the channels of `u` (batch, dim, seqlen) lie further apart in memory than its steps."""
-    return abs(u.strides[1]) > abs(u.strides[2]) or u.flags.c_contiguous
+def in_memory_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Return a (batch, n, dim) result as (batch, dim, n): a view if channels of `u` lie side by side, or a copy."""
+    channels_apart = abs(u.strides[1]) > abs(u.strides[2]) or u.flags.c_contiguous
+    return transposed(result) if channels_apart else result.swapaxes(1, 2)
 
 
 def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -80,7 +81,7 @@ def in_order_of(result: np.ndarray, u: np.ndarray) -> np.ndarray:
 
     The order is C unless `u`'s channels lie side by side, as with NumPy's ``order="K"``.
     """
-    result = transposed(result) if channels_apart(u) else result.swapaxes(1, 2)
+    result = in_memory_order_of(result, u)
     if result.dtype == u.dtype:
         return result
     with np.errstate(over="ignore"):  # what lies beyond float16's range is infinite there

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cpu.layout import channels_apart, in_order_of, native, rows, rows_like, transposed
+from npmamba.cpu.layout import in_memory_order_of, in_order_of, native, rows, rows_like, transposed
 from npmamba.cpu.runtime import Flag, Int, Kernel, Read, ReadInt, Write, WriteDouble, empty, launch, scratch
 from npmamba.cpu.scan_row import (
     A_VALUE,
@@ -334,7 +334,7 @@ def _prepare(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_b
 def _fresh_output(u: np.ndarray, dtype: Any, walk: Schedule) -> np.ndarray:
     """Allocate a result like `u`; zeros where padding is skipped, for the kernel does not write there."""
     out = rows_like(u, dtype)
-    if walk.steps.min(initial=u.shape[2]) < u.shape[2]:
+    if (walk.steps < u.shape[2]).any():
         out[...] = 0
     return out
 
@@ -372,8 +372,7 @@ def forward(
     arguments = (*prepared, state, blocks, *walk, out, last, checkpoints, bool(delta_softplus))
     launch(_FORWARD[rule], dtype, tasks, *arguments, work=u.size * dstate)
     y = in_order_of(out, u)
-    last = transposed(last) if channels_apart(u) else last.swapaxes(1, 2)
-    last = last.astype(compute_dtype(u.dtype), copy=False)
+    last = in_memory_order_of(last, u).astype(compute_dtype(u.dtype), copy=False)
     if not save:
         return y, last, None
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
