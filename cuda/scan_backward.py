@@ -37,6 +37,7 @@ from npmamba.cuda.scan_tile import (
     THREADS,
     USUAL,
     Shape,
+    channel_distances,
     division,
     is_present,
     is_within,
@@ -44,7 +45,9 @@ from npmamba.cuda.scan_tile import (
     make_copy,
     make_decay_rate,
     make_lane_sum,
+    make_place,
     make_scatter_sum,
+    resident_of,
     tile_of,
     unrolled,
 )
@@ -73,41 +76,64 @@ LN2 = 0.6931471805599453
 
 
 def make_channel_sum(lanes: int, count: int) -> Any:
-    """Build the sum of `count` numbers over the channels of a warp, which are `lanes` lanes apart.
+    """Build the sum of `count` numbers over the channels of a warp.
 
     The numbers are dealt out on the way: each lane ends with ``max(1, count lanes / 32)`` sums at the front of
-    `numbers`, and `make_slot` tells of what.
+    `numbers`; which ones, the bits of the thread's number tell.
     """
-    return _deal(16, lanes, count)
+    return _deal(channel_distances(lanes)[::-1], count)
 
 
-def _deal(distance: int, lanes: int, count: int) -> Any:
-    if distance < lanes:
+def _deal(distances: tuple[int, ...], count: int) -> Any:
+    if not distances:
         return _nothing
+    distance = distances[0]
     if count == 1:
-        rest = _deal(distance // 2, lanes, 1)
+        rest = _deal(distances[1:], 1)
 
-        def add(numbers, lane):
+        def add(numbers, thread):
             numbers[0] += cuda.shfl_xor_sync(-1, numbers[0], distance)
-            rest(numbers, lane)
+            rest(numbers, thread)
 
         return add
     half = count // 2
-    rest = _deal(distance // 2, lanes, half)
+    rest = _deal(distances[1:], half)
 
-    def halve(numbers, lane):
-        upper = (lane & uint32(distance)) != uint32(0)
+    def halve(numbers, thread):
+        upper = (thread & uint32(distance)) != uint32(0)
         for i in range(half):
             low, high = numbers[i], numbers[i + half]
             kept = select(upper, high, low)
             numbers[i] = kept + cuda.shfl_xor_sync(-1, select(upper, low, high), distance)
-        rest(numbers, lane)
+        rest(numbers, thread)
 
     return halve
 
 
-def _nothing(numbers, lane):
+def _nothing(numbers, thread):
     pass
+
+
+def make_first_kept(lanes: int, count: int) -> Any:
+    """Build ``first_kept(thread)``: which of the `count` sums of `make_channel_sum` a thread keeps the first of."""
+    return _first_kept(channel_distances(lanes)[::-1], count)
+
+
+def _first_kept(distances: tuple[int, ...], count: int) -> Any:
+    if not distances or count == 1:
+        return _first
+    distance, half = distances[0], count // 2
+    rest = _first_kept(distances[1:], half)
+
+    def first_kept(thread):
+        upper = uint32(half) if thread & uint32(distance) else uint32(0)
+        return uint32(upper + rest(thread))
+
+    return first_kept
+
+
+def _first(thread):
+    return uint32(0)
 
 
 def _backward(
@@ -131,7 +157,7 @@ def _backward(
     groups_of_warp = 32 // lanes
     dealt = max(1, 2 * states // groups_of_warp)
     deals = min(groups_of_warp, 2 * states).bit_length() - 1
-    copies = (groups_of_warp >> deals) * lanes - lanes  # bits of lanes whose sums another lane holds too
+    copies = sum(channel_distances(lanes)[::-1][deals:])  # bits of threads whose sums another thread holds too
     values_size, sums_size, lowest = 2 * states, 4 * owners, float(np.finfo(real).min)
     rows_size, raw_size, widened_size = 2 * stage, 2 * both, 2 * both if half else 4
     quads_size, parts_size = channels * quad_pitch, steps * WARPS * sums_pitch
@@ -139,8 +165,8 @@ def _backward(
     begin_rows, copy_rows = make_copy(tile.rows, tile.length, tile.pitch, data.itemsize, wide)
     is_there = is_present if packed else is_within
     begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps, is_there)
-    scatter_sum, lane_sum = make_scatter_sum(lanes, owners), make_lane_sum(owners)
-    channel_sum = make_channel_sum(lanes, 2 * states)
+    place, scatter_sum, lane_sum = make_place(lanes), make_scatter_sum(lanes, owners), make_lane_sum(lanes, owners)
+    channel_sum, first_kept = make_channel_sum(lanes, 2 * states), make_first_kept(lanes, 2 * states)
     load_states, decay_rate = LOAD_STATES[states], make_decay_rate(real)
     first_map, end_map = maps if constant_B else 0, maps if constant_C else both
     fills = -(-(end_map - first_map) // (4 * THREADS))
@@ -166,7 +192,7 @@ def _backward(
     def advance(registers, context, step):
         """One step forward again: the state after it joins the history."""
         history, rate, a, g, dA, factors, values, sums = registers
-        channel_quads, maps_at, parts_at, mark_at, marks_step, rest, lane = context
+        channel_quads, maps_at, parts_at, mark_at, marks_step, rest, thread = context
         dt, inflow = load2(channel_quads, 4 * step)
         Bs = load_B(maps_at, step, factors[0])
         begins = packed and load_mark(mark_at, marks_step, uint32(step), rest) == FRESH
@@ -183,7 +209,7 @@ def _backward(
     def retreat(registers, context, step):
         """One step back: g_t = C_t dy_t + a_{t+1} g_{t+1}, and what every gradient takes from it."""
         history, rate, a, g, dA, factors, values, sums = registers
-        channel_quads, maps_at, parts_at, mark_at, marks_step, rest, lane = context
+        channel_quads, maps_at, parts_at, mark_at, marks_step, rest, thread = context
         dt, inflow, dy, _ = load4(channel_quads, 4 * step)
         Bs, Cs = load_B(maps_at, step, factors[0]), load_C(maps_at, step, factors[1])
         zero = cast(0, dt)
@@ -227,8 +253,8 @@ def _backward(
         sums[owners + i] = dinflow
         sums[2 * owners + i] = drate
         sums[3 * owners + i] = dfirst
-        channel_sum(values, lane)
-        if lane & uint32(copies) == uint32(0):
+        channel_sum(values, thread)
+        if thread & uint32(copies) == uint32(0):
             for j in range(dealt):
                 place = j if j < states else padded - states + j
                 store(parts_at, step * WARPS * sums_pitch + place, values[j])
@@ -236,12 +262,12 @@ def _backward(
     def load_mark(mark_at, marks_step, step, rest):
         return load(mark_at, int64(step) * marks_step) if step < rest else NORMAL
 
-    def own_sum(sums, which, lane):
+    def own_sum(sums, which, thread):
         """The sum over the lanes of a channel, for this lane's own step."""
         numbers = cuda.local.array(owners, real)
         for i in range(owners):
             numbers[i] = sums[which * owners + i]
-        return scatter_sum(numbers, lane)
+        return scatter_sum(numbers, thread)
 
     def remaining(length, tile):
         """Steps from the start of a tile on; none of a tile before the first."""
@@ -258,8 +284,8 @@ def _backward(
         du_at, ddelta_at, dz_at = outputs
         du_step, ddelta_step, dz_step = output_steps
         sums = registers[7]
-        rest, lane = steps_context[5], steps_context[6]
-        y, dinflow, drate = own_sum(sums, 0, lane), own_sum(sums, 1, lane), own_sum(sums, 2, lane)
+        rest, thread = steps_context[5], steps_context[6]
+        y, dinflow, drate = own_sum(sums, 0, thread), own_sum(sums, 1, thread), own_sum(sums, 2, thread)
         dt, _, dy, slope = load4(own_quads, 4 * g * owners)
         x = load(row_at, g * turn)
         step = uint32(own + uint32(g * owners))
@@ -267,7 +293,7 @@ def _backward(
             absent = load_mark(steps_context[3], steps_context[4], step, rest) == ABSENT
             x = select(absent, cast(0, x), x)
         if zoh:
-            ddt = fma(drate, cast(LN2, x), own_sum(sums, 3, lane) * x)
+            ddt = fma(drate, cast(LN2, x), own_sum(sums, 3, thread) * x)
         else:
             ddt = fma(drate, cast(LN2, x), dinflow * x)
         ddelta = ddt * slope
@@ -334,10 +360,10 @@ def _backward(
         totals = cuda.local.array(2, real)
 
         thread = uint32(cuda.threadIdx.x)
-        lane, channel = uint32(thread % uint32(lanes)), uint32(thread // uint32(lanes))
+        lane, channel = place(thread)
         own, n0 = uint32(lane % uint32(owners)), uint32(lane * uint32(states))
-        place = uint32(cuda.blockIdx.x)
-        block, s, b = uint32(place % blocks), uint32(place // blocks % segments), int64(place // blocks // segments)
+        cell = uint32(cuda.blockIdx.x)
+        block, s, b = uint32(cell % blocks), uint32(cell // blocks % segments), int64(cell // blocks // segments)
         per_group = uint32(blocks // groups)
         group = uint32(block // per_group)
         group_dim = uint32(dim // groups)
@@ -404,11 +430,8 @@ def _backward(
         own_quads = shift(channel_quads, own * uint32(4))
         own_at = own * uint32(step_pitch) + channel * uint32(channel_pitch)
         stores = here and lane < uint32(owners)
-        # which of the lane's sums over channels are its own to keep, after `channel_sum`
-        kept_first = uint32(0)
-        for r in range(deals):
-            if thread & uint32(16 >> r):
-                kept_first += uint32(2 * states >> (r + 1))
+        # where the sums over channels belong that are the thread's own to keep
+        kept_first = first_kept(thread)
         parts_at = shift(parts, thread // uint32(32) * uint32(sums_pitch) + n0 + (
             kept_first if kept_first < uint32(states) else kept_first + uint32(padded - states)))
 
@@ -535,11 +558,6 @@ def _backward(
 COLUMNS, TEAMS = 32, 8
 
 
-def _resident(*, resident: int, **constants: Any) -> int:
-    """Blocks that are to fit on one multiprocessor together."""
-    return resident
-
-
 def _sum_parts(real, data):
     def sum_parts(parts: Wide, out: Data, rows: Size, columns: Size, padded: Size, width: Size):
         """Equation: out[o, i] = sum_r parts[o, r, i], of columns in groups of `padded` the first `width` each.
@@ -650,6 +668,6 @@ def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
     ]
 
 
-BACKWARD = Kernel(_backward, THREADS, blocks=_resident, shipped=_shipped, others=True)
+BACKWARD = Kernel(_backward, THREADS, blocks=resident_of, shipped=_shipped, others=True)
 SUM_PARTS = Kernel(_sum_parts, PARTS, shipped={})
 SUM_MAPS = Kernel(_sum_maps, MAP_THREADS, shipped={"quads": (False, True)})

@@ -44,7 +44,9 @@ from npmamba.cuda.scan_tile import (
     make_copy,
     make_decay_rate,
     make_lane_sum,
+    make_place,
     make_scatter_sum,
+    resident_of,
     tile_of,
     unrolled,
 )
@@ -55,7 +57,7 @@ uint32, int32, int64 = np.uint32, np.int32, np.int64
 
 def _scan(
     real, data, shape, gated=False, interval=0, ends=False, adjoint=False, zoh=False, packed=False, by_channel=False,
-    wide=True, wide_maps=True, constant_B=False, constant_C=False,
+    wide=True, wide_maps=True, constant_B=False, constant_C=False, resident=1,
 ):  # fmt: skip
     shape = Shape(*shape)
     dstate, states, lanes, steps = shape
@@ -75,7 +77,7 @@ def _scan(
     begin_rows, copy_rows = make_copy(tile.rows, tile.length, tile.pitch, data.itemsize, wide)
     is_there = is_present if packed else is_within
     begin_maps, copy_maps = make_copy(steps, padded, padded, data.itemsize, wide_maps, is_there)
-    scatter_sum, lane_sum = make_scatter_sum(lanes, owners), make_lane_sum(owners)
+    place, scatter_sum, lane_sum = make_place(lanes), make_scatter_sum(lanes, owners), make_lane_sum(lanes, owners)
     load_states, decay_rate, lowest = LOAD_STATES[states], make_decay_rate(real), float(np.finfo(real).min)
     first_map, end_map = maps if constant_B else 0, both if varying_C else maps
     fills = -(-(end_map - first_map) // (4 * THREADS))
@@ -92,15 +94,14 @@ def _scan(
         left = int32(length) - int32(tile) * int32(steps)
         return uint32(left) if tile >= int32(0) and left > int32(0) else uint32(0)
 
-    def advance(registers, context, step):
+    def advance(registers, context, step, dt, inflow):
         """One step: what it adds to the state, and what the state adds to y."""
         h, a, rate, factor_B, factor_C, numbers, cut = registers
-        channel_pairs, maps_at, _, _, _, saved_at, saved_step, marks, rest, _, _, here, _, _ = context
+        _, maps_at, _, _, _, saved_at, saved_step, marks, rest, _, _, here, _, _ = context
         if interval > 0 and step % interval == 0:
             if here and uint32(step) < rest:
                 for n in range(states):
                     store(saved_at, int64(step // interval) * saved_step + int64(n), h[n])
-        dt, inflow = load2(channel_pairs, 2 * step)
         zero = cast(0, dt)
         begins = packed and load_mark(marks, uint32(step), rest) == FRESH
         if packed:
@@ -124,14 +125,25 @@ def _scan(
                 total = readout(factor_C[n] if constant_C else Cs[n], after, total)
         numbers[step & (owners - 1)] = total
 
-    advance_turn = unrolled(advance, owners)
+    def one_step(registers, context, step):
+        dt, inflow = load2(context[0], 2 * step)
+        advance(registers, context, step, dt, inflow)
+
+    def two_steps(registers, context, k):
+        """Two steps, whose pairs take one access."""
+        dt, inflow, next_dt, next_inflow = load4(context[0], 4 * k)
+        advance(registers, context, 2 * k, dt, inflow)
+        advance(registers, context, 2 * k + 1, next_dt, next_inflow)
+
+    at_once = min(2, owners)
+    advance_turn = unrolled(two_steps if at_once == 2 else one_step, owners // at_once)
 
     def one_turn(registers, context, g):
         """The steps of a turn; then each lane sums up, gates and stores y of the one that is its own."""
-        advance_turn(registers, context, g * owners)
-        _, _, row_at, y_at, y_step, _, _, marks, rest, own, lane, _, stores, skip = context
+        advance_turn(registers, context, g * (owners // at_once))
+        _, _, row_at, y_at, y_step, _, _, marks, rest, own, thread, _, stores, skip = context
         if not ends:
-            out = fma(skip, load(row_at, g * turn), scatter_sum(registers[5], lane))
+            out = fma(skip, load(row_at, g * turn), scatter_sum(registers[5], thread))
             if gated:
                 out = out * silu(load(row_at, g * turn + 2 * size))
             step = uint32(own + uint32(g * owners))
@@ -141,7 +153,7 @@ def _scan(
                 store(y_at, int64(g * owners) * y_step, out)
 
     # turns that the compiler may interleave: more hide latency, and need registers that more warps could use
-    together = min(turns, 2 if ends else 4)
+    together = min(turns, 4 if ends else 8)
     some_turns = unrolled(one_turn, together)
     saves = steps // interval if interval else 0
 
@@ -174,11 +186,11 @@ def _scan(
         cut = cuda.local.array(1, np.dtype(np.uint32))
 
         thread = uint32(cuda.threadIdx.x)
-        lane, channel = uint32(thread % uint32(lanes)), uint32(thread // uint32(lanes))
+        lane, channel = place(thread)
         own, n0 = uint32(lane % uint32(owners)), uint32(lane * uint32(states))
         # blocks of channels lie side by side in the grid: they share B and C in the second-level cache
-        place = uint32(cuda.blockIdx.x)
-        block, s, b = uint32(place % blocks), uint32(place // blocks % segments), int64(place // blocks // segments)
+        cell = uint32(cuda.blockIdx.x)
+        block, s, b = uint32(cell % blocks), uint32(cell // blocks % segments), int64(cell // blocks // segments)
         if ends and uint32(s + uint32(1)) == segments:
             return  # nothing comes after the last segment
         per_group = uint32(blocks // groups)
@@ -301,7 +313,7 @@ def _scan(
             registers = (h, a, rate, factor_B, factor_C, numbers, cut)
             context = (
                 channel_pairs, maps_at, row_at, y_at, y_step, saved_at, saved_step, (mark_at, marks_step), rest, own,
-                lane, here, stores, skip,
+                thread, here, stores, skip,
             )  # fmt: skip
             for g in range(0, turns, together):
                 some_turns(registers, context, g)
@@ -371,11 +383,17 @@ def _carry(real, padded):
     return carry
 
 
+def forward_resident(dtype: np.dtype, shape: Shape) -> int:
+    """Return how many blocks of FORWARD are to share a multiprocessor: four leave a thread 128 registers."""
+    return 1 if dtype == np.float64 or shape.lanes > 4 else 4
+
+
 def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
     """Return what a layer runs, with gradients, without, and in segments; for float32 also one of each other kind."""
 
     def kernel(dstate: int = 16, **changes: Any) -> dict[str, Any]:
-        return {"shape": (tuple(division(dstate, dtype.itemsize)),), **USUAL, **changes}
+        shape = division(dstate, dtype.itemsize)
+        return {"shape": (tuple(shape),), "resident": forward_resident(dtype, shape), **USUAL, **changes}
 
     def saving(dstate: int = 16, **changes: Any) -> dict[str, Any]:
         return kernel(dstate, interval=division(dstate, dtype.itemsize, backward=True).steps, **changes)
@@ -393,5 +411,5 @@ def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
     return usual + (others if dtype == np.float32 else [])
 
 
-FORWARD = Kernel(_scan, THREADS, shipped=_shipped, others=True)
+FORWARD = Kernel(_scan, THREADS, blocks=resident_of, shipped=_shipped, others=True)
 CARRY = Kernel(_carry, THREADS, shipped={"padded": (4, 16, 256)}, dtypes=("float32", "float64"), others=True)

@@ -85,6 +85,11 @@ USUAL = {
 """Constants of the kernels in a layer of a language model; rows in memory are steps, read 16 bytes at a time."""
 
 
+def resident_of(*, resident: int, **constants: Any) -> int:
+    """Return how many blocks of a kernel are to fit on one multiprocessor together."""
+    return resident
+
+
 class Tile(NamedTuple):
     """How a tile of one array lies in shared memory, and how it is copied there."""
 
@@ -124,6 +129,50 @@ def _pitch(length: int, lanes: int, size: int, by_channel: bool) -> int:
     return min(range(first, first + 4 * LINE, unit), key=lambda p: (_collisions(p, lanes, size, by_channel), p))
 
 
+# --- the threads of a warp ---
+
+
+def _is_interleaved(lanes: int) -> bool:
+    """Tell whether two channels take turns in a warp.
+
+    A load of 8 or 16 bytes a thread takes half as long where every thread reads what the next one or the one after it
+    reads. So neighbours share a channel, and what belongs to it; the one after is of another channel, with the same
+    states, and shares what belongs to them.
+    """
+    return 4 <= lanes <= 16
+
+
+def make_place(lanes: int) -> Any:
+    """Build ``place(thread)``: which lane of its channel a thread is, and which channel of the block it serves."""
+    if _is_interleaved(lanes):
+        pairs = lanes // 2
+
+        def place(thread):
+            rest = uint32(thread // uint32(4))
+            lane = uint32(rest % uint32(pairs) * uint32(2) + thread % uint32(2))
+            channel = uint32(rest // uint32(pairs) * uint32(2) + thread // uint32(2) % uint32(2))
+            return lane, channel
+
+        return place
+
+    def place_in_order(thread):
+        return uint32(thread % uint32(lanes)), uint32(thread // uint32(lanes))
+
+    return place_in_order
+
+
+def lane_distances(lanes: int) -> tuple[int, ...]:
+    """Return how many threads lie between lanes of a channel that are 1, 2, 4, … apart."""
+    apart = [1 << k for k in range(lanes.bit_length() - 1)]
+    return tuple(d if d == 1 or not _is_interleaved(lanes) else 2 * d for d in apart)
+
+
+def channel_distances(lanes: int) -> tuple[int, ...]:
+    """Return how many threads lie between channels of a warp that are 1, 2, 4, … apart."""
+    apart = [lanes << k for k in range((32 // lanes).bit_length() - 1)]
+    return tuple(2 if k == 0 and _is_interleaved(lanes) else d for k, d in enumerate(apart))
+
+
 # --- numbers of a lane and of a channel ---
 
 
@@ -159,45 +208,57 @@ def make_decay_rate(real: np.dtype) -> Any:
 
 def make_scatter_sum(lanes: int, owners: int) -> Any:
     """Build the sum over the lanes of a channel of `owners` numbers each; lane i receives the sum of the i-th."""
-    if lanes > owners:
-        inner = make_scatter_sum(lanes // 2, owners)
+    return _scatter(lane_distances(lanes), owners)
 
-        def fold(numbers, lane):
-            for i in range(owners):
-                numbers[i] += cuda.shfl_xor_sync(-1, numbers[i], lanes // 2)
-            return inner(numbers, lane)
 
-        return fold
+def _scatter(distances: tuple[int, ...], owners: int) -> Any:
+    lanes = 1 << len(distances)
     if lanes == 1:
         return _only
-    half = lanes // 2
-    rest = make_scatter_sum(half, half)
+    distance, half = distances[-1], lanes // 2
+    rest = _scatter(distances[:-1], min(owners, half))
+    if lanes > owners:
 
-    def halve(numbers, lane):
-        upper = (lane & uint32(half)) != uint32(0)
+        def fold(numbers, thread):
+            for i in range(owners):
+                numbers[i] += cuda.shfl_xor_sync(-1, numbers[i], distance)
+            return rest(numbers, thread)
+
+        return fold
+
+    def halve(numbers, thread):
+        upper = (thread & uint32(distance)) != uint32(0)
         for i in range(half):
             low, high = numbers[i], numbers[i + half]
             kept = select(upper, high, low)
-            numbers[i] = kept + cuda.shfl_xor_sync(-1, select(upper, low, high), half)
-        return rest(numbers, lane)
+            numbers[i] = kept + cuda.shfl_xor_sync(-1, select(upper, low, high), distance)
+        return rest(numbers, thread)
 
     return halve
 
 
-def _only(numbers, lane):
+def _only(numbers, thread):
     return numbers[0]
 
 
-def make_lane_sum(lanes: int) -> Any:
-    """Build the sum of one number over the lanes of a channel, to all of them."""
-    rounds = lanes.bit_length() - 1
+def make_lane_sum(lanes: int, owners: int) -> Any:
+    """Build the sum of one number over the first `owners` lanes of a channel, to all of them."""
+    return _summed(lane_distances(lanes)[: owners.bit_length() - 1])
+
+
+def _summed(distances: tuple[int, ...]) -> Any:
+    if not distances:
+        return _unchanged
+    distance, rest = distances[0], _summed(distances[1:])
 
     def lane_sum(x):
-        for r in range(rounds):
-            x += cuda.shfl_xor_sync(-1, x, 1 << r)
-        return x
+        return rest(x + cuda.shfl_xor_sync(-1, x, distance))
 
     return lane_sum
+
+
+def _unchanged(x):
+    return x
 
 
 def load1(p, i):

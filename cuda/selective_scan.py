@@ -19,7 +19,7 @@ from npmamba.cuda.launch import wide_dtype
 from npmamba.cuda.layout import native, side_by_side
 from npmamba.cuda.replay import replayed
 from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
-from npmamba.cuda.scan_forward import CARRY, FORWARD
+from npmamba.cuda.scan_forward import CARRY, FORWARD, forward_resident
 from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
 from npmamba.cuda.schedule import step_flags
 
@@ -227,7 +227,7 @@ def _scan(
             dim, seqlen, length, segments, lead, _blocks(work, shape), work.groups,
             flags | (entering is not None) * ENTERING,
         ),
-        shape=tuple(shape), **layout, **constants,
+        shape=tuple(shape), resident=forward_resident(dtype, shape), **layout, **constants,
     )  # fmt: skip
 
 
