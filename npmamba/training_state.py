@@ -116,7 +116,7 @@ def _read_state(folder: str | os.PathLike[str], names: tuple[str, ...]) -> Any:
             content = json.loads(file.metadata["npmamba"])
             config = MambaConfig.from_dict(content["config"])
             return (content["step"], config, *(_unpack(content["trees"][name], file) for name in names))
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(f"{file.path}: no training checkpoint: {why}") from None
 
@@ -149,6 +149,8 @@ def _pack(tree: Any, place: str, tensors: dict[str, Any]) -> Any:
 
 
 def _unpack(node: Any, file: TensorFile) -> Any:
+    if len(node) != 1:
+        raise TypeError(f"a node of a tree is of {len(node)} kinds")
     ((kind, content),) = node.items()
     if kind == "array":
         return file.read(content)

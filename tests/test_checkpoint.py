@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -597,6 +598,31 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
         load_training(tmp_path)
     save_tensors(tmp_path / training_state.TRAINING_FILE, {"w": np.ones(1)})
     with pytest.raises(ValueError, match="no training checkpoint"):
+        load_training(tmp_path)
+
+
+def test_arrays_of_one_path_stay_apart(tmp_path: Path) -> None:
+    tree = {"a.b": np.zeros(2), "a": {"b": np.ones(3)}, "a.b'": np.full(1, 5)}
+    save_training(tmp_path, 1, CONFIG, tree, None)
+    assert equal_trees(tree, load_training(tmp_path).params)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"set": []}, "TypeError: a tree has no 'set'"),
+        ({"value": [1]}, "TypeError: a tree has no 'value'"),
+        ({"list": [{}]}, "TypeError: a node of a tree is of 0 kinds"),
+        ({"list": [{"value": 1, "array": "w"}]}, "TypeError: a node of a tree is of 2 kinds"),
+        (None, "JSONDecodeError: "),
+    ],
+)
+def test_a_tree_of_no_known_kind_is_refused(tmp_path: Path, tree: Any, message: str) -> None:
+    trees = {"params": tree, "optimizer": {"value": None}, "extra": {"value": None}}
+    content = json.dumps({"version": 1, "step": 1, "config": CONFIG.to_dict(), "trees": trees})
+    file = tmp_path / training_state.TRAINING_FILE
+    save_tensors(file, {"w": np.ones(1)}, {"npmamba": content if tree else content[1:]})
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: no training checkpoint: {message}"):
         load_training(tmp_path)
 
 
