@@ -56,6 +56,9 @@ class Array:
     def copy(self) -> Array:
         return array(self.view)
 
+    def get(self) -> np.ndarray:
+        return self.view.copy()
+
     def _with(self, view: np.ndarray) -> Array:
         if np.shares_memory(view, self._memory.memory, max_work=1) or view.size == 0:
             return Array(view.shape, view=view, memptr=self._memory)

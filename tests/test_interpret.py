@@ -367,6 +367,24 @@ def test_a_kernel_and_a_device_function_of_numba():
     assert y.tolist() == (2 * (np.arange(64) ^ 1)).tolist()
 
 
+def test_words_of_numba_under_names_of_their_own():
+    numba_cuda = pytest.importorskip("numba.cuda", exc_type=ImportError)
+    fmaf, thread, block, count = numba_cuda.libdevice.fmaf, numba_cuda.threadIdx, numba_cuda.blockIdx, numba_cuda.popc
+    shuffle, sleep = numba_cuda.shfl_xor_sync, numba_cuda.nanosleep
+
+    def kernel(x, y, tired):
+        i = 8 * block.x + thread.x
+        y[i] = fmaf(shuffle(-1, x[i], 1), np.float32(2), np.float32(count(i)))
+        if tired:
+            sleep(3)
+
+    x, y = np.arange(16, dtype=np.float32), np.zeros(16, np.float32)
+    interpret(kernel, 2, 8, x, y, False)
+    assert y.tolist() == [2 * (i ^ 1) + i.bit_count() for i in range(16)]
+    with pytest.raises(KernelError, match=r"no stand-in for cuda.nanosleep: thread 0 of block 0 at test_interpret.py"):
+        interpret(kernel, 2, 8, x, y, True)
+
+
 def test_the_last_block_may_read_what_the_others_wrote_before_their_tickets():
     def kernel(parts, tickets, y, ordered):
         b = cuda.blockIdx.x

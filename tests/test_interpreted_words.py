@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npmamba.cuda import device, primitives
-from npmamba.cuda.device import Data, Long, cuda, follow, load, store, store2
+from npmamba.cuda.device import Data, Long, copy_async, cuda, follow, load, load2, shift, store, store2
 from npmamba.testing.findings import KernelError, OutOfRangeError, line_of
 from npmamba.testing.interpret import interpret
 
@@ -84,7 +84,10 @@ def test_a_place_outside_an_array_is_found_when_it_is_written(i):
     def atomic(x, y):
         cuda.atomic.add(x, i, 1.0)
 
-    for kernel in (plain, pointer, atomic):
+    def atomic_pointer(x: Data, y):
+        cuda.atomic.add(x, i, 1.0)
+
+    for kernel in (plain, pointer, atomic, atomic_pointer):
         with pytest.raises(OutOfRangeError):
             interpret(kernel, 1, 1, np.zeros(4, np.float32), np.zeros(1))
 
@@ -142,6 +145,69 @@ def test_a_local_array_has_its_length_and_no_more():
         interpret(outside, 1, 1, y)
 
 
+def test_a_vector_that_reaches_beyond_a_local_array_is_found():
+    def reads(y: Data):
+        local = cuda.local.array(3, np.float32)
+        for k in range(3):
+            local[k] = 1.0
+        store2(y, 0, load2(local, 2))
+
+    def writes(y: Data):
+        store2(cuda.local.array(3, np.float32), 2, load2(y, 0))
+
+    for kernel in (reads, writes):
+        with pytest.raises(OutOfRangeError, match=r"local array .*\[3\] is outside its 3 elements"):
+            interpret(kernel, 1, 1, np.zeros(4, np.float32))
+
+
+def test_a_copy_that_reaches_beyond_shared_memory_is_found():
+    def kernel(x: Data, n):
+        copy_async(cuda.shared.array(6, np.float32, 16), n, x, 0, True)
+
+    interpret(kernel, 1, 1, np.zeros(8, np.float32), 0)
+    with pytest.raises(OutOfRangeError, match=r"shared array .*\[7\] is outside its 6 elements"):
+        interpret(kernel, 1, 1, np.zeros(8, np.float32), 4)
+
+
+def test_a_copy_changes_no_type():
+    def kernel(x: Data):
+        copy_async(cuda.shared.array(8, np.float64, 16), 0, x, 0, True)
+
+    with pytest.raises(KernelError, match="copy_async from float32 to float64: thread 0 of block 0"):
+        interpret(kernel, 1, 1, np.zeros(8, np.float32))
+
+
+@pytest.mark.parametrize(("x", "offset"), [(np.zeros((2, 3, 4)), 23), (np.zeros((4, 3, 2)).T, 23)], ids=["C", "F"])
+def test_an_element_of_several_axes_is_named_by_its_place(x, offset):
+    def kernel(x: Data):
+        store(x, offset, 1.0)
+
+    with pytest.raises(KernelError, match=rf"x\[{offset}\], element \(1, 2, 3\), is written by thread"):
+        interpret(kernel, 1, 2, x)
+    with pytest.raises(KernelError, match=rf"x\[{offset}\] is written by thread"):
+        interpret(kernel, 1, 2, x.reshape(-1, order="A"))
+
+
+def test_an_array_can_be_moved_like_a_pointer():
+    def kernel(x, y):
+        store(shift(y, 2), 0, load(shift(x, 1), 1))
+
+    y = np.zeros(3)
+    interpret(kernel, 1, 1, np.arange(4.0), y)
+    assert y.tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("check", ["races", False])
+def test_atomic_words_return_what_was_there(check):
+    def kernel(x, old):
+        old[cuda.grid(1)] = cuda.atomic.add(x, 1, 2)
+
+    x, old = np.zeros(2, np.int64), np.full(64, -1)
+    interpret(kernel, 2, 32, x, old, check=check)
+    assert x.tolist() == [0, 128]
+    assert sorted(old.tolist()) == list(range(0, 128, 2))
+
+
 def test_a_pointer_that_is_none_can_be_neither_read_nor_written():
     def reads(x: Data, y: Data):
         store(y, 0, x[0])
@@ -149,7 +215,13 @@ def test_a_pointer_that_is_none_can_be_neither_read_nor_written():
     def writes(x: Data, y: Data):
         store(x, 0, 1.0)
 
-    for kernel in (reads, writes):
+    def assigns(x: Data, y: Data):
+        x[0] = 1.0
+
+    def moves(x: Data, y: Data):
+        store(y, 0, load(shift(x, 3), 0))
+
+    for kernel in (reads, writes, assigns, moves):
         with pytest.raises(OutOfRangeError, match="x is None"):
             interpret(kernel, 1, 1, None, np.zeros(1, np.float32))
 

@@ -212,6 +212,40 @@ def test_a_result_of_another_shape_or_dtype_is_a_violation():
         assert words in str(violation)
 
 
+def test_a_result_in_the_memory_of_an_argument_is_a_violation():
+    call = EVERY["a_call_leaves_its_arguments_as_they_are"]
+    fn = lambda u, delta, A, B, C: u  # noqa: E731
+    violation = call.check(fn, plain(), np.random.default_rng(0), Capabilities.of(fn, last_state=False))
+    assert "a result lies in the memory of u" in str(violation)
+
+
+def test_a_state_that_grows_while_it_waits_is_a_violation():
+    def filling(u, delta, A, B, C, initial_state=None, *, return_last_state=True):
+        y, last = selective_scan(u, delta, A, B, C, initial_state=initial_state, return_last_state=True)
+        return y, (0 if initial_state is None else initial_state) - last
+
+    never_grows = EVERY["a_free_state_never_grows"]
+    violation = never_grows.check(filling, plain(), np.random.default_rng(0), Capabilities.of(filling))
+    assert "last_state is larger after twice the time" in str(violation)
+
+
+def test_a_slope_that_no_gradient_alone_gets_wrong_is_told_of_them_all():
+    """A kink where u and B move together; along either of them the scan is as smooth as its gradient says."""
+    case = plain()
+
+    def kinked(u, delta, A, B, C, **options):
+        y, last = selective_scan(u, delta, A, B, C, **options)
+        moved = [float((x - x0).flat[0]) for x, x0 in ((u, case["u"]), (B, case["B"]))]
+        return y + np.sign(moved[0]) * np.sqrt(np.abs(np.prod(moved))), last
+
+    known = Capabilities.of(selective_scan, backward=selective_scan_backward)
+    foretells = EVERY["a_gradient_foretells_every_small_change"]
+    violation = foretells.check(kinked, case, np.random.default_rng(0), known)
+    assert "<gradient, w> for all arguments is off" in str(violation)
+    bent = lambda u, **rest: selective_scan(u - 1e-3 * u**2, **rest)  # noqa: E731
+    assert "<gradient, w> for u is off" in str(foretells.check(bent, case, np.random.default_rng(0), known))
+
+
 # --- what is not asked ---
 
 
@@ -244,6 +278,19 @@ def test_what_a_scan_cannot_be_asked_is_skipped_and_said():
     outcome = EVERY["a_beginning_is_a_scan"].examine(selective_scan, large, np.random.default_rng(0), OURS)
     assert outcome.skipped == "the case has results that are no numbers in float64, or too large"
     assert EVERY["a_short_type_is_the_long_one_rounded"].why_skipped(plain(), OURS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("gradients_are_smooth_where_a_rate_is_zero", {"delta": np.full((2, 4, 7), 3.0), "discretization": "zoh"},
+         "the case has so long steps that no rate is small"),
+        ("a_long_step_forgets", {"A": np.full((4, 3), -1e-306)}, "the case has a rate for which no step is long"),
+    ],
+)  # fmt: skip
+def test_a_case_that_does_not_suit_a_law_is_skipped_and_said(name, changes, why):
+    outcome = EVERY[name].examine(selective_scan, plain() | changes, np.random.default_rng(0), OURS)
+    assert (outcome.violation, outcome.skipped) == (None, why)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2)])

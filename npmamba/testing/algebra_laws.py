@@ -126,8 +126,6 @@ def channels_can_be_chosen(scan: Scan, arguments: dict[str, Any], rng: np.random
     """Some of the channels, in any order, each with the B and C of its group, give what they give among all."""
     dim = arguments["u"].shape[1]
     index = rng.permutation(dim)[: int(rng.integers(1, dim + 1))]
-    if not scan.can("groups") and any(arguments[name].ndim == 4 for name in "BC"):
-        return
     some, whole = channels(arguments, index), scan(arguments)
     compare(scan, scan(some), Results(*(None if x is None else x[:, index] for x in whole)), some)
 

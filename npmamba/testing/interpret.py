@@ -53,8 +53,8 @@ def _replacement(x: Any, memo: dict[Any, Any]) -> Any:
     home = str(getattr(x, "__module__", ""))
     if home.startswith("numba.cuda.libdevice"):
         return getattr(arithmetic.LIBDEVICE, x.__name__)
-    if home.startswith("numba.cuda.stubs"):
-        return getattr(words.CUDA, x.__name__)
+    if home.startswith(("numba.cuda.stubs", "numba.cuda.intrinsics")):
+        return words.word(x.__name__)
     if hasattr(x, "py_func"):
         return rebind(x.py_func, memo)
     if isinstance(x, types.FunctionType) and not home.startswith(_OPAQUE):

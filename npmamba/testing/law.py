@@ -243,6 +243,8 @@ class Candidate:
         raise NotImplementedError
 
     def _call(self, fn: Callable[..., Any], given: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        if not self.can("strides"):  # a part of time, or a few of the channels, may lie in any order
+            given = {n: np.asarray(x, order="C") if isinstance(x, np.ndarray) else x for n, x in given.items()}
         try:
             return fn(**given)
         except NotImplementedError:

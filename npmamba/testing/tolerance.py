@@ -52,9 +52,7 @@ class Tolerance(NamedTuple):
         return self.absolute + float(short.eps) * np.abs(expected) + float(short.smallest_subnormal)
 
 
-def _tolerance(x: Any, compute: np.dtype, dtype: Any) -> Any:
-    if x is None:
-        return None
+def _tolerance(x: Any, compute: np.dtype, dtype: Any) -> Tolerance:
     format_ = np.finfo(compute)
     floor = 2.0**20 * float(format_.tiny)  # products that underflow on their way
     return Tolerance(K[compute.name] * float(format_.eps) * x.error + floor, np.dtype(dtype).newbyteorder("="))

@@ -163,6 +163,26 @@ class Cuda:
 
 CUDA = Cuda()
 
+
+class Late:
+    """A word whose meaning depends on who asks, under a name of the kernel's own: found when it is used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, part: str) -> Any:
+        return getattr(getattr(CUDA, self._name), part)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(CUDA, self._name)(*arguments)
+
+
+def word(name: str) -> Any:
+    """Return what stands for ``cuda.name`` where a kernel has it under a name of its own."""
+    known = getattr(Cuda, name, None)
+    return Late(name) if known is None or isinstance(known, property) else getattr(CUDA, name)
+
+
 STAND_INS: dict[Any, Any] = {
     device.load: views.load,
     device.store: views.store,
