@@ -56,6 +56,13 @@ def test_the_module_is_the_command():
     assert done.stdout.strip() == __import__("npmamba").__version__
 
 
+def test_without_a_command_the_help_lists_them_all(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: npmamba")
+    assert all(f"\n    {command} " in text for command in cli._COMMANDS)
+
+
 def test_every_setting_is_an_option_with_help(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
@@ -89,6 +96,7 @@ def test_every_setting_is_an_option_with_help(capsys):
         (["train", "a.txt", "b.txt"], "npmamba train: unexpected argument b.txt"),
         (["generate"], "npmamba generate: the following arguments are required: CHECKPOINT"),
         (["doctor", "--jsn"], "npmamba doctor: unknown option --jsn; did you mean --json?"),
+        (["fuzz", "math:sqrt", "--name", "dt"], "npmamba fuzz: --name: must be OURS=THEIRS, got 'dt'"),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_sentence(capsys, args, message):
@@ -104,6 +112,9 @@ def test_a_setting_file_is_read_and_its_mistakes_are_named(tmp_path, capsys):
     assert refused(capsys, "train", "--config", str(path)) == message
     path.write_text("context = 'long'\n")
     message = "npmamba train: --context must be int, got 'long'"
+    assert refused(capsys, "train", "--config", str(path)) == message
+    path.write_text("vocab = 'chars'\n")
+    message = "npmamba train: --vocab must be one of auto, char, byte, got 'chars'; did you mean char?"
     assert refused(capsys, "train", "--config", str(path)) == message
     path.write_text("context = \n")
     assert "is not a TOML file" in refused(capsys, "train", "--config", str(path))
@@ -223,6 +234,13 @@ def test_a_cache_that_others_can_write_is_named(tmp_path):
     assert remedy == f"chmod go-w {tmp_path}"
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    state, detail, remedy = doctor._cache_state(tmp_path / "kernels")
+    assert (state, detail) == (doctor.BAD, f"{tmp_path / 'kernels'} cannot be written")
+    assert remedy == "set NPMAMBA_CACHE_DIR to a folder of yours"
+
+
 def test_warmup_compiles_every_declared_kernel(monkeypatch, capsys):
     class Kernel:
         __module__ = "npmamba.cpu.made_up"
@@ -269,9 +287,11 @@ def test_plain_lines_come_seldom_but_the_last_step_always_shows():
     plain = progress.Plain(out, every=3600)
     for step in range(1, 81):
         plain.step({**STEP, "step": step})
+    plain.validation({"step": 80, "validation_loss": 2.75})
     assert out.getvalue().splitlines() == [
         "step 1 of 80: loss 2.5000, 31,000 tokens/s, 1:01 left",
         "step 80 of 80: loss 2.5000, 31,000 tokens/s, 1:01 left",
+        "step 80: validation loss 2.7500",
     ]
 
 
@@ -303,6 +323,45 @@ def test_the_live_display_shows_loss_speed_and_time_left():
         live.close()
     for part in ("20 of 80", "2.5000", "2.7500", "31,000 tokens/s", "1:01 left"):
         assert part in text
+
+
+def test_before_a_validation_the_live_display_shows_none_and_notes_are_shown_as_they_are(capsys):
+    rich = pytest.importorskip("rich.console")
+    live = progress.Live()
+    try:
+        live.note("learning [bold]x.txt[/bold]")
+        console = rich.Console(file=io.StringIO(), width=120)
+        console.print(live._draw(STEP))
+    finally:
+        live.close()
+    assert "learning [bold]x.txt[/bold]\n" in capsys.readouterr().err
+    assert "2.5000" in console.file.getvalue()
+    assert "validation" not in console.file.getvalue()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_the_display_fits_what_it_is_shown_on():
+    assert type(progress.choose(quiet=True, stream=Terminal())) is progress.Silent
+    assert type(progress.choose(quiet=False, stream=io.StringIO())) is progress.Plain
+    pytest.importorskip("rich")
+    live = progress.choose(quiet=False, stream=Terminal())
+    live.close()
+    assert type(live) is progress.Live
+
+
+def test_a_terminal_without_rich_gets_plain_lines(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    stream = Terminal()
+    display = progress.choose(quiet=False, stream=stream)
+    assert type(display) is progress.Plain
+    display.note("compiling kernels (once)")
+    assert stream.getvalue() == "compiling kernels (once)\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3725, "1:02:05"), (-1, "0:00")])

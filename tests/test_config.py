@@ -139,6 +139,10 @@ def test_what_hugging_face_leaves_out_has_its_defaults() -> None:
     assert (config.eos_token_id, config.tie_embeddings, config.discretization) == (0, True, "euler")
 
 
+def test_the_draw_that_hugging_face_calls_uniform_is_random() -> None:
+    assert MambaConfig.from_dict(PUBLISHED_HF | {"time_step_init_scheme": "uniform"}).dt_init == "random"
+
+
 def test_the_original_file_may_set_the_mixer() -> None:
     ssm = {"d_state": 8, "expand": 1.5, "dt_rank": "auto", "bias": True, "use_fast_path": False}
     config = MambaConfig.from_dict(PUBLISHED_ORIGINAL | {"ssm_cfg": ssm | {"layer": "Mamba1"}})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conv_gallery import WRONG_CONVS, WRONG_STEPS, RightConv, RightStep
 
 import npmamba
 from npmamba import testing
+from npmamba.testing.cases import ConvCase, ConvOptions
 from npmamba.testing.conv_gradient_laws import CONV_GRADIENT_LAWS
 from npmamba.testing.conv_laws import CONV_LAWS
 from npmamba.testing.conv_tools import Conv
@@ -89,6 +91,44 @@ def test_laws_alone_find_each_wrong_step():
     found, useless = unmatched(WRONG_STEPS, STEP_LAWS, cases, as_scan)
     assert not found
     assert len(useless) <= len(STEP_LAWS) // 2  # what these say is of sequences; wrong scans break them
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_short_types_obey_every_law_and_a_wrong_activation_is_seen_in_them(dtype):
+    conv, backward, step = npmamba.causal_conv1d, npmamba.causal_conv1d_backward, npmamba.causal_conv1d_update
+    case = ConvCase(2, 3, 9, 4, ConvOptions(bias=True, activation="silu", initial_state=True)).arguments(dtype)
+    known = Conv.read_off(conv, backward=backward, step=step)
+    for i, law in enumerate(LAWS):
+        assert law.check(conv, case, np.random.default_rng(i), known) is None, law.name
+
+    def sigmoid(x, weight, bias=None, *, activation=None):
+        q = conv(x, weight, bias).astype(np.float32)
+        return (1 / (1 + np.exp(-q)) if activation else q).astype(x.dtype)
+
+    silu = next(law for law in CONV_LAWS if law.name == "the_activation_is_silu_of_the_rest")
+    case = {**case, "initial_state": None}
+    assert silu.check(sigmoid, case, np.random.default_rng(0), Conv.read_off(sigmoid)) is not None
+
+
+def test_a_convolution_without_options_is_not_asked_for_them():
+    def bare(x, weight):
+        return npmamba.causal_conv1d(x, weight)
+
+    report = check_conv1d(bare, max_examples=20, **SMALL)
+    assert report.skipped["the convolution has no bias"] > 0
+    assert len(report.held) > 5
+    law, case = CONV_LAWS[0], ConvCase(1, 2, 5, 3, ConvOptions(bias=True)).arguments(np.float32)
+    assert law.why_skipped(case, Conv.read_off(bare)) == "the case has bias, which the convolution does not take"
+    case["bias"] = None
+    assert law.why_skipped(case, Conv.read_off(bare)) == ""
+
+
+def test_a_step_of_another_shape_is_told():
+    def first_channel(state, x, dt, A, B, C):
+        return npmamba.selective_state_update(state, x, dt, A, B, C)[:, :1]
+
+    with pytest.raises(Counterexample, match=r"y has shape \(1, 1\), not \(1, 2\)"):
+        check_state_update(first_channel, max_examples=40, **SMALL)
 
 
 def test_the_gallery_is_large_and_says_what_is_wrong():

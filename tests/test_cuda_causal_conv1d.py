@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from npmamba.cpu import causal_conv1d as cpu
 from npmamba.cuda import arrays, conv_any, conv_lines, conv_rows, conv_shares
 from npmamba.cuda import causal_conv1d as twin
+from npmamba.cuda.conv_parts import row_lanes
 from npmamba.reference import causal_conv1d as reference
 
 ON = {"bias": True, "activation": "silu", "initial_state": True}
@@ -135,6 +136,43 @@ def test_shorter_types_are_computed_in_float32_and_rounded_once(device_backend, 
     dtypes = [dtype, np.float32, dtype, np.float32, np.float32, np.float32]
     tolerances = [short if d == dtype else long for d in dtypes]
     check(both(device_backend, case, dout, dlast), expected, tolerances, dtypes, dout.astype(np.float64))
+
+
+@pytest.mark.parametrize("kind", ["rows", "lines", "any"])
+def test_what_a_short_row_leaves_of_its_initial_state_has_the_last_ones_gradient(device_backend, kind):
+    """With fewer steps than taps before, the last state still holds numbers of the initial one."""
+    case, dout, dlast = drawn(17, 1, 2, 2, 5 if kind == "any" else 4, **ON)
+    expected = by_reference(case, dout, dlast)
+    if kind == "rows":
+        case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+    assert family(case, dout).__name__.endswith(kind)
+    found = both(device_backend, case, dout, dlast)
+    check(found, expected)
+    assert abs(found[5] - both(device_backend, case, dout, 0 * dlast)[5]).max() > 0.1
+
+
+def test_steps_of_padding_give_zero_and_have_gradient_zero(device_backend):
+    """Where a thread owns a number, by kernels for any memory."""
+    case, dout, dlast = drawn(18, 2, 3, 4, 5, **ON, seq_idx="padded")
+    case["seq_idx"][:] = [[0, -1, 0, 1], [-2, -1, -1, -3]]
+    assert family(case, dout) is conv_any
+    found = both(device_backend, case, dout, dlast)
+    check(found, by_reference(case, dout, dlast))
+    for x in (found[0], found[2]):
+        assert ((x == 0).all(1) == (case["seq_idx"] < 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 2, 5), (1, 768, 2048), (8, 1536, 2048), (64, 4096, 4096), (512, 8192, 65536)])
+def test_a_backward_pass_has_neither_few_threads_nor_very_many(shape, dtype):
+    x = np.broadcast_to(np.zeros((), dtype), shape)
+    cut = conv_shares.stretches(x)
+    threads = shape[0] * -(-shape[1] // row_lanes(x.dtype)) * cut.per_row
+    assert (cut.per_row - 1) * cut.steps < shape[2] <= cut.per_row * cut.steps
+    assert cut.lines == shape[0] * cut.per_row
+    assert conv_shares.SHORTEST <= cut.steps <= conv_shares.LONGEST
+    assert threads >= conv_shares.FEW or cut.steps == conv_shares.SHORTEST
+    assert threads < conv_shares.PLENTY or cut.steps == conv_shares.LONGEST
 
 
 @pytest.mark.parametrize("seq_idx", [None, "padded"])
@@ -280,6 +318,8 @@ def test_without_steps_the_state_stays_and_the_weights_have_gradient_zero(device
     assert (y.shape, dx.shape) == (shape, shape)
     assert shape[2] or same_bits((last, dinitial), (case["initial_state"], dlast))
     assert same_bits((dweight, dbias), (np.zeros_like(case["weight"]), np.zeros_like(case["bias"])))
+    *_, dbias, _ = both(device_backend, {**case, "bias": None}, dout, dlast)
+    assert dbias is None
 
 
 # One step

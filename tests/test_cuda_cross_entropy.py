@@ -164,6 +164,17 @@ def test_ignored_rows_are_as_if_absent_and_never_read(device_backend):
     assert same_bits(dlogits[~keep], np.zeros_like(dlogits[~keep]))
 
 
+@pytest.mark.parametrize("vocab", [1032, 1029])
+def test_an_ignored_row_that_belongs_to_a_block_is_never_read(device_backend, vocab):
+    logits, labels = case((3, vocab), 8, ignored=0)
+    labels[1] = IGNORED
+    kept_loss, kept = both(device_backend, logits[::2], labels[::2], SHORT=1000, check=False)
+    logits[1] = np.nan
+    loss, dlogits = both(device_backend, logits, labels, SHORT=1000, check=False)
+    assert error(loss, kept_loss) <= 1e-7
+    assert same_bits(dlogits, np.stack([kept[0], np.zeros_like(kept[0]), kept[1]]))
+
+
 def test_any_integer_can_be_the_one_to_ignore(device_backend):
     logits, labels = case((9, 17), 9)
     unsigned = np.where(labels == IGNORED, 255, labels).astype(np.uint8)

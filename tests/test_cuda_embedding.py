@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from arrays import error, layouts, same_bits
 from cases import seeds
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from npmamba.cuda import embedding as twin
@@ -127,6 +127,13 @@ def test_no_two_threads_write_what_others_read(device_backend, many):
     assert error(found, reference.backward(dout, ids, 4)) <= 1e-6
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
+def test_without_tokens_there_are_no_rows_and_every_gradient_is_zero(device_backend, shape):
+    weight, ids, dout = case(5, 8, shape, 16)
+    assert looked_up(device_backend, weight, ids).shape == (*shape, 8)
+    assert same_bits(gradient(device_backend, dout, ids, 5), np.zeros((5, 8), np.float32))
+
+
 def test_rows_of_dout_that_no_single_stride_walks_are_copied(device_backend):
     _, ids, dout = case(5, 8, (3, 6), 15)
     part = np.concatenate([dout, dout], 1)[:, :6]
@@ -214,6 +221,7 @@ def test_all_of_a_long_row_is_nan_for_an_id_that_is_no_row(device_backend):
 
 @settings(max_examples=4)
 @given(st.sampled_from([(1, 1), (9, 5), (150, 7), (20, 5000)]), seeds)
+@example((20, 5000), 0)
 def test_tokens_are_sorted_stably_by_their_ids(device_backend, sizes, seed):
     """Several passes of four bits here; ids that are no row come last."""
     count, vocab = sizes

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optimizer_update import OPTIONS, case
 
+from npmamba.autodiff import clip_by_global_norm, optim, tree_map
 from npmamba.cpu import optimizer_update as cpu
 from npmamba.cuda import launch
 from npmamba.cuda import optimizer_update as cuda
@@ -167,6 +168,23 @@ def test_norms_neither_overflow_nor_hide_what_is_not_finite(device_backend):
         assert not math.isfinite(norm)
         assert factor == 1.0
     assert cuda.global_norm([]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_gradients_are_clipped_by_a_factor_that_stays_on_the_device(device_backend, monkeypatch, dtype):
+    """As those of CuPy are: nobody waits for the norm, so gradients are scaled even where they are short enough."""
+    grads = {"a": np.arange(6).astype(dtype).reshape(2, 3), "b": -np.ones(4, dtype)}
+    monkeypatch.setattr(optim, "twin", lambda op, array: cuda)
+    for max_norm in (0.5, 1e6):
+        with device_backend.running():
+            clipped, norm = clip_by_global_norm(tree_map(device_backend.array, grads), max_norm)
+        assert norm.shape == ()
+        wanted = math.sqrt(sum(k * k for k in range(6)) + 4)
+        assert device_backend.numpy(norm) == pytest.approx(wanted, rel=1e-14)
+        for name, g in grads.items():
+            found = device_backend.numpy(clipped[name])
+            assert found.dtype == dtype
+            assert error(found, g * min(1.0, max_norm / wanted)) <= TOLERANCE[dtype]
 
 
 def test_nan_stays_where_it_is(device_backend):

@@ -12,7 +12,9 @@ from cases import ConvSpec, ScanSpec, conv_specs, cotangents, scan_specs
 from hypothesis import given
 
 from npmamba import selective_scan as public_scan
+from npmamba import selective_scan_backward as public_backward
 from npmamba.cuda import arrays, causal_conv1d, launch, machine, replay, selective_scan
+from npmamba.cuda.device import Data, Size, Wide
 from npmamba.cuda.stand_in import NotReplayable, StandIn
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -191,6 +193,17 @@ def test_a_call_like_one_before_is_not_checked_again_and_a_wrong_one_is(monkeypa
         public_scan(**arrays_, delta_softplus=True)
 
 
+def test_gradients_of_a_call_like_one_before_are_asked_their_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays_ = {name: fake_cupy.array(x) for name, x in in_model_order(a_case()).items() if isinstance(x, np.ndarray)}
+    dout = fake_cupy.array(np.zeros((2, 48, 65), np.float32))
+    assert public_backward(dout, **arrays_).u.shape == (2, 48, 65)
+    monkeypatch.setattr(sys.modules["npmamba.ops.selective_scan"], "_check_shapes", None)
+    assert public_backward(dout, **arrays_).u.shape == (2, 48, 65)
+    monkeypatch.setattr(fake_cupy.cuda, "current", 1)
+    with pytest.raises(ValueError, match="GPU 0, but the current GPU is 1"):
+        public_backward(dout, **arrays_)
+
+
 def test_switched_off_all_host_code_runs_and_nothing_is_remembered() -> None:
     calls: list[int] = []
 
@@ -211,10 +224,40 @@ def test_switched_off_all_host_code_runs_and_nothing_is_remembered() -> None:
     assert twin.again((x,), {}) is x
 
 
+def _scaled(real: Any) -> Any:
+    def scaled(x: Data, factor: Wide, y: Data, n: Size) -> None:
+        """No device runs it."""
+
+    return scaled
+
+
+def test_a_launch_on_an_array_of_the_host_codes_own_is_not_replayed() -> None:
+    """Its memory is no argument and was not allocated on the way: the next call may find it elsewhere."""
+    kernel = launch.Kernel(_scaled, threads=32)
+    launch.KERNELS.remove(kernel)
+    table: list[Any] = []
+
+    @replay.replayed
+    def twin(x: Any) -> Any:
+        table[:] = [fake_cupy.array(np.ones(1, np.float32))]
+        y = arrays.empty(x, x.shape, x.dtype)
+        kernel.launch((1,), x.dtype, (x, table[0], y, x.size))
+        return y
+
+    x = fake_cupy.array(np.zeros(3, np.float32))
+    for _ in range(3):
+        Machine.calls.clear()
+        assert twin(x).shape == (3,)
+        ((*_, passed),) = Machine.calls
+        assert passed[1] is table[0]
+    assert twin.again((x,), {}) is None
+
+
 def test_a_stand_in_gives_views_and_nothing_else() -> None:
     x = StandIn(None, 3, (2, 5, 4), (80, 16, 4), np.float32, address=40)
     assert (x[0].shape, x[0].offset, x[:, ::-1].offset) == ((5, 4), 0, 64)
     assert (x[1, 2, 3].shape, x[1, 2, 3].offset) == ((), 80 + 32 + 12)  # no number is read
+    assert (x[..., 1].shape, x[..., 1].offset) == ((2, 5), 4)
     assert x.ptr % 16 == 8
     assert x.swapaxes(1, 2).strides == (80, 4, 16)
     assert x.reshape(-1, 4).shape == (10, 4)

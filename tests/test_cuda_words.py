@@ -17,7 +17,7 @@ import pytest
 from test_scalar import SILU_DERIVATIVE_IS_ZERO, exact, points
 
 from npmamba import scalar
-from npmamba.cuda import device, launch, primitives, requirements
+from npmamba.cuda import device, launch, primitives, requirements, vectors
 from npmamba.cuda.device import (
     Data,
     Long,
@@ -45,6 +45,7 @@ from npmamba.cuda.device import (
     wait_async,
 )  # fmt: skip
 from npmamba.cuda.launch import FLOATS, Kernel
+from npmamba.cuda.vectors import either
 from npmamba.scalar import (
     cast,
     decay_factor,
@@ -279,6 +280,37 @@ def test_words_are_fetched_by_one_access_or_not_at_all(ptx, dtype, count):
     assert accesses(text, "st.global") == [4 * count]
 
 
+@ALL
+def test_an_address_is_followed_to_global_memory(ptx, dtype):
+    text, size = ptx(_moves, dtype), np.dtype(dtype).itemsize
+    assert accesses(text, "ld.global") == [8, size], "the address, and what lies there"
+    assert accesses(text, "st.global") == [size]
+    assert not re.search(r"\b(ld|st)\.[^gp]", text), "global memory and parameters only"
+
+
+def _any_number_pending(real):
+    def any_number_pending(n: Size):
+        wait_async(n)
+
+    return any_number_pending
+
+
+def test_how_many_copies_may_be_pending_is_a_constant(ptx):
+    with pytest.raises(Exception, match="wait_async"):
+        ptx(_any_number_pending, "float32")
+
+
+def test_a_log_that_says_nothing_of_a_kernel_is_an_error(ptx):
+    from npmamba.cuda.compile import Machine
+
+    log = "0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
+    log += "used 31 registers, used 0 barriers, 16 stack, 1024 bytes smem, 24 bytes lmem"
+    assert Machine("axpy", b"", log, "").resources == (31, 1024, 12, 24)
+    for part in ("", *log.splitlines()):
+        with pytest.raises(ValueError, match="^the linker's log says nothing of axpy: "):
+            _ = Machine("axpy", b"", part, "").resources
+
+
 INSTRUCTIONS = {
     "float32": [
         "ex2.approx.ftz.f32", "sqrt.rn.f32", "rcp.approx.ftz.f32", "abs.ftz.f32", "fma.rn.ftz.f32", "selp.f32",
@@ -391,6 +423,30 @@ def test_words_hold_their_numbers_or_zeros(device_backend, dtype, count):
     half = n // 2 * per
     np.testing.assert_array_equal(wide(y[:half]), wide(x[:half]))
     assert (wide(y[half:]) == 0).all()
+
+
+def _rows(real, data, width):
+    count = 8 * width
+    read, write = either(vectors.readers(width, count)), either(vectors.writers(width, count))
+
+    def rows(x: Wide, y: Wide, n: Size, wide: Size):
+        """y = x, by vectors of `width` or by numbers."""
+        held, t = cuda.local.array(count, real), uint32(cuda.threadIdx.x)
+        first, step = uint32(t * uint32(width)), uint32(THREADS * width)
+        read(held, x, first, step, n, wide)
+        write(held, y, first, step, n, wide)
+
+    return rows
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("wide", [0, 1])
+def test_a_row_is_moved_by_vectors_as_by_numbers(device_backend, width, wide):
+    """A row that ends in the middle of a thread's vectors; nothing behind it is written."""
+    n = 6 * THREADS * width - 4 * width
+    x = np.arange(n, dtype=np.float32) + 1
+    _, y = run(device_backend, _rows, "float32", 1, x, np.zeros(n + 8, np.float32), n, wide, width=width)
+    np.testing.assert_array_equal(y, np.pad(x, (0, 8)))
 
 
 @ALL

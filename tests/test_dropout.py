@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmamba.cpu import runtime
-from npmamba.cpu.dropout import BLOCK, FOURS, forward
+from npmamba.cpu.dropout import BLOCK, FOURS, backward, forward
 from npmamba.scalar import philox
 
 KEY = (1, 2, 3, 4)
@@ -77,6 +77,14 @@ def test_the_share_that_falls_is_the_rate():
     out = forward(np.ones(200_000, np.float32), rate=0.3, key=KEY)
     assert abs(np.mean(out == 0) - 0.3) < 0.005
     assert abs(out.mean() - 1) < 0.005
+
+
+@given(seeds, st.integers(1, 70), st.floats(0, 0.9))
+def test_the_gradient_is_the_transpose(seed, count, rate):
+    """<dout, dropout(x)> = <gradient(dout), x>, for whole numbers, whose sums are exact but for the factor."""
+    x, dout = np.random.default_rng(seed).integers(-9, 10, (2, count)).astype(np.float64)
+    found, wanted = x @ backward(dout, rate=rate, key=KEY), dout @ forward(x, rate=rate, key=KEY)
+    assert found == pytest.approx(wanted, rel=1e-12, abs=1e-9)
 
 
 def test_the_kernel_runs_without_the_compiler():

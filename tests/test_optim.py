@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import sys
 
+import fake_cupy
 import ml_dtypes
 import mpmath
 import numpy as np
@@ -17,6 +20,7 @@ from npmamba.autodiff import (
     clip_factor,
     decay_mask,
     global_norm,
+    leaves,
     optim,
     sgd,
     tree_items,
@@ -297,6 +301,34 @@ def test_rates_begin_at_zero_and_end_before_infinity():
             sgd(0.1, momentum=number)
     with pytest.raises(ValueError, match=r"betas\[0\] must be in \[0, 1\)"):
         adamw(0.1, betas=(-0.5, 0.9))
+
+
+class Layer(collections.namedtuple("Layer", "weight")):
+    """A branch that takes no leaf but arrays."""
+
+    def __new__(cls, weight):
+        if weight is None:
+            raise ValueError("a Layer has a weight")
+        return super().__new__(cls, weight)
+
+
+def test_what_a_tree_of_another_class_raises_is_told_as_it_is():
+    with pytest.raises(ValueError, match="^a Layer has a weight$"):
+        global_norm(Layer(np.ones(2)))
+
+
+def test_arrays_of_one_gpu_are_asked_together_and_those_of_two_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    here = [fake_cupy.array(np.zeros(3, dtype)) for dtype in (np.float32, np.float16)]
+    assert leaves.library("adamw", ["a", "b"], params=here, grads=[None, here[0]]) is fake_cupy
+    with pytest.raises(TypeError, match=r"params\['b'\] must be .* got int64"):
+        leaves.library("adamw", ["a", "b"], params=[here[0], fake_cupy.array(np.zeros(3, np.int64))])
+    with pytest.raises(TypeError, match=r"params\['a'\] is a cupy array, but params\['b'\] is a numpy array"):
+        leaves.library("adamw", ["a", "b"], params=[here[0], np.zeros(3)])
+    monkeypatch.setattr(fake_cupy.cuda, "current", 1)
+    there = fake_cupy.array(np.zeros(3))
+    with pytest.raises(ValueError, match=r"params\['a'\] is on GPU 0, but params\['b'\] is on GPU 1"):
+        leaves.library("adamw", ["a", "b"], params=[here[0], there])
 
 
 def test_only_floating_arrays_are_parameters():

@@ -130,6 +130,14 @@ def test_any_memory_gives_the_same_bits(name, C):
             assert same_bits((y, changed["state"].astype(np.float32)), expected), layout
 
 
+def test_a_state_of_the_other_byte_order_is_changed_in_place():
+    state, step = drawn(9, 2, 5, 3, **ON)
+    swapped = state.astype(state.dtype.newbyteorder())
+    y, new = update(state, step)
+    assert same_bits(selective_state_update(swapped, **step), y)
+    assert swapped.tolist() == new.tolist() != state.tolist()
+
+
 def test_only_the_state_is_changed():
     state, step = drawn(4, 2, 5, 3, **ON)
     before = {k: v.copy() for k, v in step.items() if isinstance(v, np.ndarray)}

@@ -145,6 +145,15 @@ def test_the_matrix_exponential_agrees_with_multiprecision(case):
     assert error(oracles.matrix_exponential(arguments), oracles.multiprecision(arguments)) <= 1e-12
 
 
+def test_in_no_time_the_differential_equation_keeps_its_state():
+    one = np.ones((1, 2, 3))
+    arguments = {"u": one, "delta": 0 * one, "A": -one[0, :, :1], "B": one[:, :1], "C": 2 * one[:, :1]}
+    arguments |= {"initial_state": np.array([[[5.0], [7.0]]]), "discretization": "zoh"}
+    y, last = oracles.differential_equation(arguments)
+    np.testing.assert_array_equal(last, arguments["initial_state"])
+    np.testing.assert_array_equal(y, [[[10.0] * 3, [14.0] * 3]])
+
+
 @given(scan_cases(**SMALL, magnitudes=GENTLE, discretization="zoh"))
 @settings(max_examples=10)
 def test_the_differential_equation_agrees_with_the_matrix_exponential(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from npmamba import arguments, cli, lm, runs, summary
@@ -189,6 +190,23 @@ def test_a_torn_line_of_figures_is_dropped(text, tmp_path):
         file.write('{"step": 13, "lo')
     train(runs.resume(run.folder, {}))
     assert figures(run.folder) == lines
+
+
+def test_a_line_that_a_crash_tore_is_written_again(text, tmp_path):
+    whole, broken = finished(text, tmp_path / "whole"), tmp_path / "broken"
+    with pytest.raises(Interrupted):
+        train(runs.create(config(text, broken)), StopAfter(7))
+    with open(broken / runs.METRICS, "a") as file:
+        file.write('{"step": 8, "lo')
+    train(runs.resume(broken, {}))
+    assert_same_run(whole.folder, broken)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(text, tmp_path):
+    """Python lets the main thread alone say what a signal does."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        run = pool.submit(finished, text, tmp_path / "thread").result()
+    assert_same_run(finished(text, tmp_path / "main").folder, run.folder)
 
 
 def start(text: str, out: Path, *options: str) -> subprocess.Popen:
@@ -519,6 +537,15 @@ def test_a_run_prints_its_sample_and_writes_its_report(capsys, text, tmp_path):
     assert "--d-model 8" in page
 
 
+def test_without_report_none_is_written_or_told(capsys, text, tmp_path):
+    out = tmp_path / "run"
+    assert cli.main(["train", text, "--out", str(out), *OPTIONS, "--steps", "2", "--no-report"]) == 0
+    told = capsys.readouterr().out
+    assert f"write more: npmamba generate {out}" in told
+    assert "report:" not in told
+    assert not (out / "report.html").exists()
+
+
 def test_quiet_without_report_is_silent(capsys, text, tmp_path):
     out = tmp_path / "run"
     args = ["train", text, "--out", str(out), *OPTIONS, "--steps", "2", "--quiet", "--no-report"]
@@ -634,6 +661,7 @@ def test_a_published_model_is_read_with_its_tokenizer_and_stops_at_its_end_token
 
 
 @given(st.text(max_size=30))
+@example("one\ntwo\n\nthree")
 def test_a_tokenizer_s_pieces_join_to_its_text(text):
     words = Tokenizer.__new__(Tokenizer)
     words.backend = Words()
