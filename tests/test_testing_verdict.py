@@ -21,6 +21,7 @@ from npmamba.testing import fuzz
 from npmamba.testing.adapters import adapted, as_numpy
 from npmamba.testing.capabilities import Capabilities
 from npmamba.testing.conv_tools import Conv
+from npmamba.testing.step_laws import as_scan
 from npmamba.testing.verdict import Counterexample, check_conv1d, check_scan, check_state_update
 
 SMALL: dict[str, Any] = {"max_examples": 15, "seed": 0, "max_size": 500}
@@ -153,8 +154,9 @@ def in_c_order(fn):
     [
         (check_scan, npmamba.selective_scan, Capabilities.of(npmamba.selective_scan)),
         (check_conv1d, npmamba.causal_conv1d, Conv.read_off(npmamba.causal_conv1d)),
+        (check_state_update, npmamba.selective_state_update, as_scan(npmamba.selective_state_update)[1]),
     ],
-    ids=["scan", "convolution"],
+    ids=["scan", "convolution", "step"],
 )
 def test_what_takes_c_order_only_is_asked_nothing_else(check, fn, known):
     """Neither by cases nor by laws, which take time apart and choose channels."""

@@ -46,16 +46,20 @@ def as_scan(step: Callable[..., Any], **changes: Any) -> tuple[Callable[..., Any
     step : callable
         Like ``npmamba.selective_state_update``: changes the state it is given, and returns y.
     **changes
-        Of the capabilities.
+        Of the capabilities. Without `strides` a step is given arrays in C order.
     """
     options = {name: own for name, own in NAMES.items() if takes(step, own)}
+    order = "K" if changes.get("strides", True) else "C"
+
+    def at(x: Any, t: int) -> Any:
+        return np.asarray(x[..., t], order=order)
 
     def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, initial_state: Any = None, **given: Any) -> tuple[Any, Any]:
         (batch, dim, seqlen), y = u.shape, []
         state = np.zeros((batch, *A.shape), A.dtype) if initial_state is None else initial_state.copy()
         for t in range(seqlen):
-            now = {options[n]: x[..., t] if n == "z" else x for n, x in given.items()}
-            y.append(step(state=state, x=u[..., t], dt=delta[..., t], A=A, B=B[..., t], C=C[..., t], **now))
+            now = {options[n]: at(x, t) if n == "z" else x for n, x in given.items()}
+            y.append(step(state=state, x=at(u, t), dt=at(delta, t), A=A, B=at(B, t), C=at(C, t), **now))
         for one in y:
             if np.shape(one) != (batch, dim):
                 raise ValueError(f"y has shape {np.shape(one)}, not {(batch, dim)}")

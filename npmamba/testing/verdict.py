@@ -297,10 +297,15 @@ def check_state_update(
     """
     off: dict[str, Any] = {"D": False, "z": False, "dt_bias": False, "dt_softplus": False, "discretization": "euler"}
     asked: dict[str, Any] = {"special": ("nan",) if nonfinite else False}
+    known = as_scan(fn)[1] if capabilities is None else capabilities
+    if not known.strides:
+        asked["layouts"] = ("C",)
     cases = strategies.update_cases(**_untaken(fn, off) | asked | restrictions)
-    scan, known = as_scan(fn)
-    known = known if capabilities is None else capabilities
-    known = replace(known, nonfinite=nonfinite, float64=float64, maps=_maps(known, restrictions))
+    known = replace(
+        known, nonfinite=nonfinite, float64=float64, maps=_maps(known, restrictions),
+        strides=_strides(known, restrictions),
+    )  # fmt: skip
+    scan, _ = as_scan(fn, strides=known.strides)
 
     def examine(case: UpdateCase, report: Report) -> None:
         arguments = case.arguments(dtype)
