@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-LINES, BRANCHES = 0.98, 0.95
-"""What must be reached. To be raised with what is reached, up to all lines."""
+LINES, BRANCHES = 0.999, 0.99
+"""What must be reached: all but what a draw of examples may miss."""
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba.core.errors import TypingError
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
@@ -280,11 +281,11 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
 
 @intrinsic
 def select(typingctx: Any, condition: Any, x: Any, y: Any) -> Any:
+    if not isinstance(condition, types.Boolean | types.BooleanLiteral):
+        raise TypingError(f"select: chooses by a bool, not by {condition}")
+
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        chosen = args[0]
-        if chosen.type != ir.IntType(1):
-            chosen = builder.trunc(chosen, ir.IntType(1))
-        return builder.select(chosen, args[1], args[2])
+        return builder.select(args[0], args[1], args[2])
 
     return x(condition, x, y), emit
 

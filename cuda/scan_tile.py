@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npmamba.cuda.device import copy_async, cuda, load, load2, load4, load8, shift, store, store2, store4, store8
+from npmamba.cuda.device import copy_async, cuda, load, load2, load4, load8, shift, store
 from npmamba.cuda.schedule import ABSENT
 from npmamba.scalar import cast, select
 
@@ -265,12 +265,7 @@ def load1(p, i):
     return (load(p, i),)
 
 
-def _store1(p, i, values):
-    store(p, i, values[0])
-
-
 LOAD_STATES = {1: load1, 2: load2, 4: load4, 8: load8}
-STORE_STATES = {1: _store1, 2: store2, 4: store4, 8: store8}
 """A lane's states, neighbours in memory, as a tuple."""
 
 
@@ -303,7 +298,7 @@ def make_copy(
     pieces = length // unit
     rounds = -(-rows * pieces // THREADS)
     exact = rounds * THREADS == rows * pieces
-    even = THREADS % pieces == 0
+    even = THREADS % pieces == 0  # not where a row has more numbers than there are threads, and is not `wide`
 
     def begin(p, row_stride, stride, thread):
         row, place = thread // uint32(pieces), thread % uint32(pieces)
@@ -318,8 +313,6 @@ def make_copy(
             row, place = i // uint32(pieces), i % uint32(pieces)
             if even:  # the same place of a row that is a constant number of rows further
                 offset = int64(r * THREADS // pieces) * row_stride
-            elif wide:
-                offset = (int64(row) - int64(own_row)) * row_stride + (int64(place) - int64(own_place)) * int64(unit)
             else:
                 offset = (int64(row) - int64(own_row)) * row_stride + (int64(place) - int64(own_place)) * stride
             if exact or i < uint32(rows * pieces):

@@ -273,6 +273,16 @@ def test_a_channel_spread_over_many_lanes_is_the_reference(device, dstate):
     assert_agrees(device, placed(new_case(4, *sizes, dstate, z=True, delta_softplus=True), "rows"))
 
 
+@everywhere(200, dstate=(130, 200, 255))
+def test_maps_that_are_longer_than_a_block_and_do_not_fill_their_lanes(device, dstate):
+    assert_agrees(device, placed(new_case(9, 1, 3, 3, dstate, z=True), "rows"))
+
+
+@everywhere(160, dim=(160, 170, 300))
+def test_gradients_of_maps_are_sums_over_many_blocks(device, dim):
+    assert_agrees(device, placed(new_case(10, 1, dim, 2, 16), "rows"))
+
+
 @everywhere(dstate=DSTATES)
 def test_every_number_of_states(device, dstate):
     for seqlen in (1, 33, 65):

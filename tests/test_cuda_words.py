@@ -300,6 +300,19 @@ def test_how_many_copies_may_be_pending_is_a_constant(ptx):
         ptx(_any_number_pending, "float32")
 
 
+def _chosen_by_number(real):
+    def chosen_by_number(n: Size, y: Wide):
+        store(y, n, select(n, load(y, 0), load(y, 1)))
+
+    return chosen_by_number
+
+
+def test_select_wants_a_bool(ptx):
+    """Of a number LLVM would take the lowest bit."""
+    with pytest.raises(Exception, match="select: chooses by a bool, not by uint32"):
+        ptx(_chosen_by_number, "float32")
+
+
 def test_a_log_that_says_nothing_of_a_kernel_is_an_error(ptx):
     from npmamba.cuda.compile import Machine
 

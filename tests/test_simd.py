@@ -13,8 +13,8 @@ from numba.core.errors import TypingError
 
 from npmamba.cpu import simd
 from npmamba.cpu.runtime import Int, Kernel, Read, ReadInt, Write, kernel
-from npmamba.cpu.simd import LANES, accumulate, anchored, load, pick, prefetch, store, total, width
-from npmamba.scalar import cast, fma, select, sqrt
+from npmamba.cpu.simd import LANES, accumulate, anchored, any_lane, load, pick, prefetch, store, total, width
+from npmamba.scalar import cast, exp2_product, fma, is_double, log1p, select, sqrt
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 NUMBERS = [0.0, -0.0, 1.0, -1.5, 3.0, 1e-30, np.inf, -np.inf, np.nan, 7.25]
@@ -188,6 +188,18 @@ def test_places_outside_an_array_are_found_where_numba_is_told_to_check(dtype):
 
 
 @DTYPES
+def test_any_lane_is_one_that_holds(dtype):
+    @njit
+    def negative(x):
+        return any_lane(load(x, (0,)) < cast(0, load(x, (0,))))
+
+    x = np.arange(LANES[np.dtype(dtype)]).astype(dtype)
+    assert not negative(x)
+    for i in range(x.size):
+        assert negative(np.where(np.arange(x.size) == i, -1, x).astype(dtype))
+
+
+@DTYPES
 def test_a_vector_fills_a_register_of_the_processor(dtype):
     assert LANES[np.dtype(dtype)] * np.dtype(dtype).itemsize == simd.BYTES
     assert simd.BYTES in (32, 64)
@@ -211,15 +223,19 @@ def test_a_vector_of_another_dtype_is_not_stored():
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    ("word", "mistake"),
     [
-        pytest.param(lambda x: load(x, (0, 0)), id="two indices for one axis"),
-        pytest.param(lambda x: load(x, (0,)) + 1.0, id="a bare literal"),
-        pytest.param(lambda x: select(True, load(x, (0,)), load(x, (0,))), id="a bool for a mask"),
-        pytest.param(lambda x: pick(x.reshape(2, 8), 0), id="pick of a matrix"),
-        pytest.param(lambda x: load(anchored(x[::2], 0), (0,)), id="an anchor in what has gaps"),
+        pytest.param("load", lambda x: total(load(x, (0, 0))), id="two indices for one axis"),
+        pytest.param("add", lambda x: total(load(x, (0,)) + 1.0), id="a bare literal"),
+        pytest.param("select", lambda x: total(select(True, load(x, (0,)), load(x, (0,)))), id="a bool for a mask"),
+        pytest.param("pick", lambda x: pick(x.reshape(2, 8), 0), id="pick of a matrix"),
+        pytest.param("anchored", lambda x: total(load(anchored(x[::2], 0), (0,))), id="an anchor in what has gaps"),
+        pytest.param("store", lambda x: store(x, (0, 0), load(x, (0,))), id="a store by two indices for one axis"),
+        pytest.param("log1p", lambda x: log1p(x), id="the logarithm of an array"),
+        pytest.param("is_double", lambda x: is_double(x), id="the kind of an array"),
+        pytest.param("exp2_product", lambda x: exp2_product(load(x, (0,)), x[0]), id="a vector times a number"),
     ],
 )
-def test_mistakes_do_not_compile(mistake):
-    with pytest.raises(TypingError):
-        njit(lambda x: total(mistake(x)))(np.zeros(16))
+def test_mistakes_do_not_compile(word, mistake):
+    with pytest.raises(TypingError, match=rf"No implementation of function .*\b{word}\b.* found for signature"):
+        njit(mistake)(np.zeros(16))
