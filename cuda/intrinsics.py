@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core.errors import TypingError
 from numba.cuda import types
+from numba.cuda.core.errors import TypingError
 from numba.cuda.extending import intrinsic
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -281,7 +281,7 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
 
 @intrinsic
 def select(typingctx: Any, condition: Any, x: Any, y: Any) -> Any:
-    if not isinstance(condition, types.Boolean | types.BooleanLiteral):
+    if not isinstance(condition, types.Boolean):
         raise TypingError(f"select: chooses by a bool, not by {condition}")
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:

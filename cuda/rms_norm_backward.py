@@ -35,9 +35,9 @@ def _backward(real, data, wide, whole):
     inside, place, total, slots = inside_of(width, wide), place_of(width), team_total(warps), 2 * warps
     number, (take, give) = real.type, movers(per)
     # of numbers of two bytes the next row's wait in a few registers: a row alone does not keep the memory busy
-    ahead = data.itemsize == 2 and wide and whole
+    prefetched = data.itemsize == 2 and wide and whole
     vectors = numbers // width
-    words = 4 * vectors if ahead else 1
+    words = 4 * vectors if prefetched else 1
 
     def ask_for(coming, p, at, step, n, valid):
         """Start the loads of a thread's numbers of a row; zeros will come unless `valid`."""
@@ -163,7 +163,7 @@ def _backward(real, data, wide, whole):
             clear(cells, w, n, chunk, tid)
         top, turn, stride = uint32(block * teams), uint32(0), uint32(uint32(cuda.gridDim.x) * teams)
         lines = (dy, s, dsums, dy_outer, dy_inner, s_outer, s_inner, dsums_outer, dsums_inner)
-        if ahead:
+        if prefetched:
             ask_for_row(coming, lines, uint32(top + (tid >> p)), rows, inner, first, step, n, fused)
         while top < rows:
             row = uint32(top + (tid >> p))
@@ -176,7 +176,7 @@ def _backward(real, data, wide, whole):
             begin = uint32(turn >> uint32(1))
             r, dot, at = load(rstd, row), cast(0, share), begin
             while True:
-                if ahead:
+                if prefetched:
                     arrive(q, dy, coming[0])
                     arrive(s_hat, s, coming[1])
                     arrive(d, dsums, coming[2])

@@ -256,8 +256,8 @@ def _backward(
         channel_sum(values, thread)
         if thread & uint32(copies) == uint32(0):
             for j in range(dealt):
-                place = j if j < states else padded - states + j
-                store(parts_at, step * WARPS * sums_pitch + place, values[j])
+                column = j if j < states else padded - states + j
+                store(parts_at, step * WARPS * sums_pitch + column, values[j])
 
     def load_mark(mark_at, marks_step, step, rest):
         return load(mark_at, int64(step) * marks_step) if step < rest else NORMAL

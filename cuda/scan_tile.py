@@ -1,9 +1,9 @@
 """The parts of the CUDA selective scan that forward and backward share: who owns what, and how a tile comes and goes.
 
-A channel's states are split over `lanes` neighbouring lanes of a warp, `states` to each, and so is the work that
-belongs to a time step alone: by turns each lane prepares a step of the tile (softplus, delta u) and finishes one (gate,
-store). A block owns ``THREADS / lanes`` channels and walks through time in tiles; the next tile is on its way from
-memory while this one is computed.
+A channel's states are split over `lanes` threads of a warp (`make_place` tells which), `states` to each, and so is the
+work that belongs to a time step alone: by turns each lane prepares a step of the tile (softplus, delta u) and finishes
+one (gate, store). A block owns ``THREADS / lanes`` channels and walks through time in tiles; the next tile is on its
+way from memory while this one is computed.
 """
 
 from __future__ import annotations

@@ -114,11 +114,20 @@ def _read_state(folder: str | os.PathLike[str], names: tuple[str, ...]) -> Any:
     with TensorFile(Path(folder) / TRAINING_FILE) as file:
         try:
             content = json.loads(file.metadata["npmamba"])
-            config = MambaConfig.from_dict(content["config"])
-            return (content["step"], config, *(_unpack(content["trees"][name], file) for name in names))
-        except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file.path}: no training checkpoint: {why}") from None
+            step, config = content["step"], MambaConfig.from_dict(content["config"])
+            if type(step) is not int:
+                raise TypeError(f"its step is {step!r}")
+            trees = [content["trees"][name] for name in names]
+        except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+            raise _no_checkpoint(file, error) from None
+        try:
+            return (step, config, *(_unpack(tree, file) for tree in trees))
+        except (TypeError, AttributeError, RecursionError) as error:  # a ValueError has the file's name
+            raise _no_checkpoint(file, error) from None
+
+
+def _no_checkpoint(file: TensorFile, error: Exception) -> ValueError:
+    return ValueError(f"{file.path}: no training checkpoint: {type(error).__name__}: {error}")
 
 
 def _pack(tree: Any, place: str, tensors: dict[str, Any]) -> Any:

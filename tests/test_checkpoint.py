@@ -614,14 +614,44 @@ def test_arrays_of_one_path_stay_apart(tmp_path: Path) -> None:
         ({"value": [1]}, "TypeError: a tree has no 'value'"),
         ({"list": [{}]}, "TypeError: a node of a tree is of 0 kinds"),
         ({"list": [{"value": 1, "array": "w"}]}, "TypeError: a node of a tree is of 2 kinds"),
-        (None, "JSONDecodeError: "),
+        ({"list": 3}, "TypeError: "),
     ],
 )
 def test_a_tree_of_no_known_kind_is_refused(tmp_path: Path, tree: Any, message: str) -> None:
-    trees = {"params": tree, "optimizer": {"value": None}, "extra": {"value": None}}
-    content = json.dumps({"version": 1, "step": 1, "config": CONFIG.to_dict(), "trees": trees})
+    nothing = {"value": None}
+    refuse_training(tmp_path, training(trees={"params": tree, "optimizer": nothing, "extra": nothing}), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSONDecodeError: "),
+        ('{"step": 1%s}' % ("0" * 5000), "ValueError: "),  # noqa: UP031  a brace begins it
+        ("[]", "TypeError: "),
+        ("{}", "KeyError: 'step'"),
+        ({"step": "x"}, "TypeError: its step is 'x'"),
+        ({"step": None}, "TypeError: its step is None"),
+        ({"config": {}}, "ValueError: "),
+        ({"config": CONFIG.to_dict() | {"d_model": -3}}, "ValueError: MambaConfig: d_model"),
+        ({"config": CONFIG.to_dict() | {"d_model": "x"}}, "ValueError: MambaConfig: d_model"),
+        ({"trees": {"params": {"value": None}}}, "KeyError: 'optimizer'"),
+    ],
+)
+def test_whatever_of_a_training_checkpoint_is_broken_its_file_is_named(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    refuse_training(tmp_path, content if isinstance(content, str) else training(**content), message)
+
+
+def training(**changed: Any) -> str:
+    """Return what a training checkpoint says of its arrays, with something changed."""
+    trees = dict.fromkeys(("params", "optimizer", "extra"), {"value": None})
+    return json.dumps({"version": 1, "step": 1, "config": CONFIG.to_dict(), "trees": trees} | changed)
+
+
+def refuse_training(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / training_state.TRAINING_FILE
-    save_tensors(file, {"w": np.ones(1)}, {"npmamba": content if tree else content[1:]})
+    save_tensors(file, {"w": np.ones(1)}, {"npmamba": content})
     with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: no training checkpoint: {message}"):
         load_training(tmp_path)
 

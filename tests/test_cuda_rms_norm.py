@@ -122,6 +122,14 @@ def test_a_block_takes_many_rows_and_sums_the_weights_gradient(device_backend, d
     assert_close(found, expected(*arguments), dtype)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_block_walks_rows_that_are_not_evenly_apart(device_backend, fused):
+    """Numbers of two bytes, whose next row is asked for ahead: without the last of each seven, and those behind."""
+    cut = tuple(x if x is None or x.ndim == 1 else x[:, :-1] for x in case((5, 7, 40), 3, ml_dtypes.bfloat16, fused))
+    found = both(device_backend, *cut, blocks=1, power=6)
+    assert_close(found, expected(*cut), ml_dtypes.bfloat16)
+
+
 @pytest.mark.parametrize("length", [40, 1040])
 def test_where_the_weights_gradient_is_summed_changes_no_bit_of_the_rest(device_backend, length):
     """In shared memory, or where it stands if the row is too long for that."""

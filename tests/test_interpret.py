@@ -385,6 +385,24 @@ def test_words_of_numba_under_names_of_their_own():
         interpret(kernel, 2, 8, x, y, True)
 
 
+def test_words_with_dots_under_names_of_their_own_and_a_number_that_has_none():
+    numba_cuda = pytest.importorskip("numba.cuda", exc_type=ImportError)
+    array, add, lane = numba_cuda.shared.array, numba_cuda.atomic.add, numba_cuda.laneid
+
+    def kernel(y):
+        one = array(1, np.float32)
+        if cuda.threadIdx.x == 0:
+            one[0] = 2
+        cuda.syncthreads()
+        add(y, 0, one[0])
+
+    y = np.zeros(1, np.float32)
+    interpret(kernel, 1, 4, y)
+    assert y.tolist() == [8]
+    with pytest.raises(KernelError, match="laneid under no other name: write cuda.laneid"):
+        interpret(lambda y: add(y, lane, 1), 1, 4, y)
+
+
 def test_the_last_block_may_read_what_the_others_wrote_before_their_tickets():
     def kernel(parts, tickets, y, ordered):
         b = cuda.blockIdx.x

@@ -33,7 +33,7 @@ class Capabilities:
     float64 : bool
         Whether it takes float64. Differences, by which gradients are checked, need it.
     strides : bool
-        Whether it takes arrays of any memory order, negative strides among them.
+        Whether it takes arrays of any memory order, negative strides among them; if not, all it is given is in C order.
     nonfinite : bool
         Whether NaN flows where the equations carry it and nowhere else, and A may be -inf.
     same_bits : bool

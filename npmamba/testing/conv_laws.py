@@ -286,14 +286,13 @@ def reverse_is_a_flip_before_and_after(conv: Conv, arguments: Arrays, rng: np.ra
 @conv_law("step")
 def a_convolution_is_its_steps(conv: Conv, arguments: Arrays, rng: np.random.Generator) -> None:
     """One step after the other, with a state that is changed in place, is the convolution."""
-    case, step = {**with_state(conv, arguments, rng), "seq_idx": None}, conv.capabilities.step
+    case = {**with_state(conv, arguments, rng), "seq_idx": None}
     state = case.get("initial_state")
     state = np.zeros(state_shape(case), same_dtype(case["weight"])) if state is None else state.copy()
     fixed = {name: case[name] for name in ("weight", "bias", "activation") if case.get(name) is not None}
     y, seqlen = np.empty_like(case["x"]), case["x"].shape[2]
-    assert step is not None
     for t in range(seqlen)[:: -1 if case.get("reverse") else 1]:
-        y[..., t] = step(state=state, x=case["x"][..., t], **fixed)
+        y[..., t] = conv.step({"state": state, "x": case["x"][..., t], **fixed}, case)
     compare(conv, Results(y, state), conv(case), case, bits=True)
 
 

@@ -54,7 +54,7 @@ def _replacement(x: Any, memo: dict[Any, Any]) -> Any:
     if home.startswith("numba.cuda.libdevice"):
         return getattr(arithmetic.LIBDEVICE, x.__name__)
     if home.startswith(("numba.cuda.stubs", "numba.cuda.intrinsics")):
-        return words.word(x.__name__)
+        return words.word(getattr(x, "__qualname__", x.__name__))
     if hasattr(x, "py_func"):
         return rebind(x.py_func, memo)
     if isinstance(x, types.FunctionType) and not home.startswith(_OPAQUE):

@@ -253,6 +253,11 @@ class Candidate:
             what = f"the call raised {type(error).__name__}: {error}"
             raise Broken(what, None, None, np.inf, arguments) from error
 
+    def step(self, given: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """Take one step of `arguments`: call the step, which changes the state it is given, and return y."""
+        assert self.capabilities.step is not None
+        return self._call(self.capabilities.step, given, arguments)
+
     def _results(
         self, given: dict[str, Any], arguments: dict[str, Any], shape: tuple[int, ...], of_state: tuple[int, ...]
     ) -> Results:
@@ -275,7 +280,9 @@ class Candidate:
         out = out if isinstance(out, dict) else out._asdict()
         names = [name for name in arrays if arguments.get(name) is not None]
         for name in names:
-            self._expect_shape(f"the gradient of {name}", out.get(name), arguments[name].shape, arguments)
+            if out.get(name) is None:
+                raise Broken(f"the gradient of {name} is missing", None, None, np.inf, arguments)
+            self._expect_shape(f"the gradient of {name}", out[name], arguments[name].shape, arguments)
         return {name: np.asarray(out[name]) for name in names}
 
     def _expect_shape(self, what: str, got: Any, shape: tuple[int, ...], arguments: dict[str, Any]) -> None:

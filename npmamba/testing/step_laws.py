@@ -46,13 +46,13 @@ def as_scan(step: Callable[..., Any], **changes: Any) -> tuple[Callable[..., Any
     step : callable
         Like ``npmamba.selective_state_update``: changes the state it is given, and returns y.
     **changes
-        Of the capabilities. Without `strides` a step is given arrays in C order.
+        Of the capabilities. Without `strides` a step is given its part of what has time in C order.
     """
     options = {name: own for name, own in NAMES.items() if takes(step, own)}
-    order = "K" if changes.get("strides", True) else "C"
+    any_memory = changes.get("strides", True)
 
     def at(x: Any, t: int) -> Any:
-        return np.asarray(x[..., t], order=order)
+        return x[..., t] if any_memory else np.ascontiguousarray(x[..., t])
 
     def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, initial_state: Any = None, **given: Any) -> tuple[Any, Any]:
         (batch, dim, seqlen), y = u.shape, []

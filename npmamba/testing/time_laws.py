@@ -121,10 +121,8 @@ def a_scan_is_its_steps(scan: Scan, arguments: dict[str, Any], rng: np.random.Ge
     state = arguments.get("initial_state")
     state = np.zeros((batch, *arguments["A"].shape), arguments["A"].dtype) if state is None else state.copy()
     y = np.empty_like(arguments["u"])
-    step = scan.capabilities.step
-    assert step is not None
     for t in range(seqlen)[:: -1 if arguments.get("reverse") else 1]:
-        y[..., t] = step(state=state, **_one_step(arguments, t))
+        y[..., t] = scan.step({"state": state, **_one_step(arguments, t)}, arguments)
     compare(scan, Results(y, state), scan(arguments), arguments, bits=True)
 
 

@@ -432,7 +432,8 @@ def _maps(capabilities: Capabilities, restrictions: dict[str, Any]) -> tuple[str
 
 def _strides(capabilities: Capabilities, restrictions: dict[str, Any]) -> bool:
     """Tell whether arrays may lie in any memory: not where all cases are asked for in C order."""
-    return capabilities.strides and set(restrictions.get("layouts", ())) != {"C"}
+    asked = restrictions.get("layouts")
+    return capabilities.strides and not (asked and {*asked} <= {"C", "readonly"})
 
 
 def _askable(capabilities: Capabilities) -> dict[str, Any]:

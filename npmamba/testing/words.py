@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -178,9 +179,12 @@ class Late:
 
 
 def word(name: str) -> Any:
-    """Return what stands for ``cuda.name`` where a kernel has it under a name of its own."""
+    """Return what stands for ``cuda.name`` where a kernel has it under a name of its own; the name may have dots."""
+    if name == "laneid":  # a number, which must be asked for each time
+        raise KernelError("the kernel interpreter finds laneid under no other name: write cuda.laneid")
     known = getattr(Cuda, name, None)
-    return Late(name) if known is None or isinstance(known, property) else getattr(CUDA, name)
+    late = known is None or isinstance(known, property)
+    return Late(name) if late and "." not in name else functools.reduce(getattr, name.split("."), CUDA)
 
 
 STAND_INS: dict[Any, Any] = {
