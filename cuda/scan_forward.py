@@ -153,7 +153,7 @@ def _scan(
                 store(y_at, int64(g * owners) * y_step, out)
 
     # turns that the compiler may interleave: more hide latency, and need registers that more warps could use
-    together = min(turns, 4 if ends else 8)
+    together = min(turns, 8)
     some_turns = unrolled(one_turn, together)
     saves = steps // interval if interval else 0
 
