@@ -48,10 +48,11 @@ SCORE, REASONS = ROOT / "tests/mutation_score.json", ROOT / "tests/mutation_reas
 SOURCES = ["npmamba/scalar.py", "npmamba/cpu/*.py", "npmamba/reference/*.py", "npmamba/ops/*.py", "autodiff/*.py"]
 TESTS = {  # the first pattern that fits; {} is the file's own name
     "npmamba/scalar.py": "scalar rms_norm cross_entropy optimizer_update dropout selective_state_update",
-    "npmamba/cpu/scan_*.py": "selective_scan",
+    "npmamba/cpu/scan_*.py": "selective_scan scan_loops",
+    "npmamba/cpu/selective_scan.py": "selective_scan scan_loops",
     "npmamba/cpu/conv_tile.py": "causal_conv1d",
     "npmamba/cpu/schedule.py": "causal_conv1d selective_scan",
-    "npmamba/cpu/layout.py": "causal_conv1d selective_scan",
+    "npmamba/cpu/layout.py": "causal_conv1d selective_scan scan_loops",
     "npmamba/cpu/lines.py": "rms_norm cross_entropy",
     "npmamba/cpu/dropout.py": "dropout algebra",
     "npmamba/cpu/matmul.py": "matmul algebra",

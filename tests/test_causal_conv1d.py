@@ -109,6 +109,12 @@ def test_a_sequence_may_begin_anywhere_about_the_border_of_a_tile(begins):
     assert_is_the_reference({**case, "seq_idx": (np.arange(3 * cpu.TILE) >= begins).astype(int)[None]}, dout, dlast)
 
 
+@pytest.mark.parametrize("seqlen", [1, 4, cpu.TILE, cpu.TILE + 5])
+def test_every_step_may_be_a_sequence_of_its_own(seqlen):
+    case, dout, dlast = drawn(5, 1, 3, seqlen, 4, **ON)
+    assert_is_the_reference({**case, "seq_idx": np.arange(seqlen)[None]}, dout, dlast)
+
+
 @pytest.mark.parametrize("width", [3, 4])
 def test_there_may_be_more_channels_than_one_block_has(width):
     dim = cpu.BLOCK_VECTORS * LANES[np.dtype(np.float64)] + 3

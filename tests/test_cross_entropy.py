@@ -41,6 +41,16 @@ def both(logits, labels, dout=1.5):
 # Against the reference
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("vocab", [1, 7, 16, 17, 33, 48, 65])
+def test_the_largest_logit_is_found_wherever_it_stands(vocab, dtype):
+    """Relative to any other one its exponential is infinite."""
+    logits = np.where(np.eye(vocab, dtype=bool), 2000, -2000).astype(dtype)
+    assert cross_entropy(logits, np.arange(vocab)) == 0
+    if vocab > 1:
+        assert cross_entropy(logits[:-1], np.full(vocab - 1, vocab - 1)) == 4000
+
+
 @pytest.mark.parametrize(
     ("dtype", "forward", "backward"),
     [

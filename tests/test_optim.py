@@ -285,6 +285,14 @@ def test_a_tree_without_arrays_has_its_updates_counted():
         assert state.step == 1
 
 
+def test_eps_is_1e_8_unless_told():
+    """Beside a gradient of that size it halves the first step."""
+    update = adamw(1.0, weight_decay=0.0)
+    params = {"w": np.zeros(1)}
+    moved, _ = update.update({"w": np.full(1, 1e-8)}, update.init(params), params)
+    assert moved["w"] == pytest.approx(-0.5, rel=1e-9)
+
+
 def test_without_momentum_no_velocity_is_kept():
     params = {"w": np.ones(2)}
     assert sgd(0.1).init(params).velocity is None
@@ -295,6 +303,8 @@ def test_rates_begin_at_zero_and_end_before_infinity():
     for number in (-0.5, math.inf):
         with pytest.raises(ValueError, match="learning_rate must be at least 0 and finite"):
             adamw(number)
+        with pytest.raises(ValueError, match="learning_rate must be at least 0 and finite"):
+            sgd(number)
         with pytest.raises(ValueError, match="peak must be at least 0 and finite"):
             warmup_cosine(number, 1, 5)
         with pytest.raises(ValueError, match="momentum must be at least 0 and finite"):

@@ -17,6 +17,7 @@ import npmamba.ops
 from npmamba.autodiff.check import check_vjp
 from npmamba.autodiff.tape import pullback
 from npmamba.cpu import runtime
+from npmamba.cpu.lines import lines
 from npmamba.ops.rms_norm import rms_norm, rms_norm_backward
 from npmamba.reference import rms_norm as reference
 
@@ -167,6 +168,36 @@ def test_any_memory_gives_the_same_bits(name, shape):
     expected = both(**arguments)
     for layout, x in layouts(arguments[name]).items():
         assert same_bits(both(**{**arguments, name: x}), expected), layout
+
+
+@pytest.mark.parametrize(
+    ("shape", "place"),
+    [
+        ((5,), np.s_[:]),
+        ((4, 5), np.s_[::2]),
+        ((3, 4, 5), np.s_[:, :-1]),
+        ((3, 4, 5), np.s_[::2, 1:, 1:4]),
+        ((2, 3, 4, 5), np.s_[:]),
+        ((2, 3, 4, 1), np.s_[..., :]),
+        ((4, 2), np.s_[:, :1]),
+    ],
+)
+def test_rows_are_walked_where_they_stand(shape, place):
+    whole = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    x = whole[place]
+    found = lines(x, np.dtype(np.float32))
+    assert np.shares_memory(found, whole)
+    assert found.ndim == 3
+    np.testing.assert_array_equal(found.reshape(x.shape), x)
+
+
+def test_numbers_that_are_apart_are_copied_to_be_side_by_side():
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    for apart in (x[..., ::2], x.swapaxes(1, 2), x[..., ::-1], x[0].T):
+        found = lines(apart, np.dtype(np.float32))
+        assert found.strides[-1] == 4
+        assert not np.shares_memory(found, x)
+        np.testing.assert_array_equal(found.reshape(apart.shape), apart)
 
 
 def test_a_row_that_is_repeated_by_broadcasting_is_read_as_it_is():

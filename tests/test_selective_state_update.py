@@ -138,6 +138,16 @@ def test_a_state_of_the_other_byte_order_is_changed_in_place():
     assert swapped.tolist() == new.tolist() != state.tolist()
 
 
+def test_there_are_at_most_256_states():
+    for dstate in (256, 257):
+        state, step = drawn(4, 1, 1, dstate)
+        if dstate == 256:
+            assert update(state, step)[0].shape == (1, 1)
+        else:
+            with pytest.raises(ValueError, match="A has dstate=257; dstate must be at most 256"):
+                update(state, step)
+
+
 def test_only_the_state_is_changed():
     state, step = drawn(4, 2, 5, 3, **ON)
     before = {k: v.copy() for k, v in step.items() if isinstance(v, np.ndarray)}
