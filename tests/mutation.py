@@ -51,7 +51,7 @@ TESTS = {  # the first pattern that fits; {} is the file's own name
     "npmamba/cpu/scan_*.py": "selective_scan scan_loops",
     "npmamba/cpu/selective_scan.py": "selective_scan scan_loops",
     "npmamba/cpu/conv_tile.py": "causal_conv1d",
-    "npmamba/cpu/schedule.py": "causal_conv1d selective_scan",
+    "npmamba/cpu/schedule.py": "causal_conv1d selective_scan scan_loops",
     "npmamba/cpu/layout.py": "causal_conv1d selective_scan scan_loops",
     "npmamba/cpu/lines.py": "rms_norm cross_entropy",
     "npmamba/cpu/dropout.py": "dropout algebra",

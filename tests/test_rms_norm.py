@@ -180,6 +180,7 @@ def test_any_memory_gives_the_same_bits(name, shape):
         ((2, 3, 4, 5), np.s_[:]),
         ((2, 3, 4, 1), np.s_[..., :]),
         ((4, 2), np.s_[:, :1]),
+        ((4, 2), np.s_[:, ::2]),
     ],
 )
 def test_rows_are_walked_where_they_stand(shape, place):

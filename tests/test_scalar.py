@@ -213,6 +213,13 @@ def test_the_largest_powers_of_float32_are_numbers(name, vectors):
     np.testing.assert_allclose(compiled(name, x, np.float32, vectors), wanted, rtol=3e-7)
 
 
+@EITHER
+def test_the_series_of_phis_slope_is_long_enough_for_float64(vectors):
+    x = np.linspace(-0.9999, 0.9999, 801)
+    got = compiled("phi_derivative", x, np.float64, vectors)
+    np.testing.assert_allclose(got, exact("phi_derivative", x), rtol=1e-15)
+
+
 @kernel
 def _products(start: Int, stop: Int, x: Read[1], y: Read[1], out: Write[2]):
     for i in range(0, x.shape[0], width(x)):

@@ -16,6 +16,7 @@ from numba import config
 from npmamba import selective_scan, selective_scan_backward
 from npmamba.cpu import layout, scan_row, scan_tile
 from npmamba.cpu import selective_scan as cpu
+from npmamba.cpu.schedule import channel_blocks
 from npmamba.reference import selective_scan as reference
 
 pytestmark = pytest.mark.skipif(not config.DISABLE_JIT, reason="a compiled loop cannot be watched")
@@ -187,6 +188,25 @@ def test_more_states_than_a_vector_has_lanes(dstate):
     assert_agrees(drawn(5, 3, dstate))
     arguments = drawn(5, 3, dstate)
     assert_agrees(arguments | {name: np.ascontiguousarray(arguments[name]) for name in "BC"})
+
+
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+@pytest.mark.parametrize("constant", ["B", "C", "BC"])
+def test_constant_maps_beside_a_gate(constant, discretization):
+    rng = np.random.default_rng(2)
+    maps = {name: rng.standard_normal((5, 3)).astype(np.float32) for name in constant}
+    z = rng.standard_normal((1, 5, 4)).astype(np.float32)
+    assert_agrees(drawn(5, 4, 3, z=z, **maps), discretization=discretization)
+
+
+@pytest.mark.parametrize(
+    ("dim", "groups", "size", "counts"), [(512, 1, 256, [2]), (10, 2, 4, [2, 2]), (3, 3, 4, [1, 1, 1])]
+)
+def test_blocks_hold_every_channel_once(dim, groups, size, counts):
+    blocks = channel_blocks(dim, groups, size)
+    assert np.concatenate([np.arange(first, end) for first, end, _ in blocks]).tolist() == [*range(dim)]
+    assert all(0 < end - first <= size for first, end, _ in blocks)
+    assert [int((blocks[:, 2] == group).sum()) for group in range(groups)] == counts
 
 
 def test_results_take_the_memory_order_of_u():

@@ -16,6 +16,7 @@ from hypothesis import given
 import npmamba.ops
 from npmamba.autodiff.tape import pullback
 from npmamba.cpu import runtime
+from npmamba.cpu import selective_state_update as cpu
 from npmamba.ops.selective_scan import selective_scan
 from npmamba.ops.selective_state_update import selective_state_update
 from npmamba.reference import selective_state_update as reference
@@ -136,6 +137,17 @@ def test_a_state_of_the_other_byte_order_is_changed_in_place():
     y, new = update(state, step)
     assert same_bits(selective_state_update(swapped, **step), y)
     assert swapped.tolist() == new.tolist() != state.tolist()
+
+
+def test_rows_of_a_step_are_copied_only_where_their_numbers_are_apart():
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    for row in (x, x[:, 0], x[:, :2, :1], x[..., ::4], x[..., 1:3]):
+        assert np.shares_memory(cpu._row(row, row.shape, row.dtype), x)
+    for row in (x[..., ::2], x.T, x[..., ::-1]):
+        found = cpu._row(row, row.shape, row.dtype)
+        assert found.strides[-1] == 4
+        np.testing.assert_array_equal(found, row)
+    assert cpu._row(None, (2, 3), np.dtype(np.float32)).tolist() == [[0.0] * 3] * 2
 
 
 def test_there_are_at_most_256_states():
