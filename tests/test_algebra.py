@@ -267,6 +267,8 @@ def test_no_primitive_writes_into_its_arguments():
         (lambda x: algebra.getitem(x, [0, 1]), TypeError,
          "getitem: index must consist of integers, slices, ... and None, got list"),
         (lambda x: algebra.getitem(x, True), TypeError, "got bool"),
+        (lambda x: algebra.dropout([1.0], rate=0.5, key=(1,)), TypeError, "dropout: x must be a NumPy or CuPy array"),
+        (lambda x: algebra.dropout(x.astype(int), rate=0.5, key=(1,)), TypeError, "dropout: x must be float16"),
         (lambda x: algebra.dropout(x, rate=1.0, key=()), ValueError, r"rate must be in \[0, 1\), got 1\.0"),
     ],
 )  # fmt: skip

@@ -235,6 +235,22 @@ def test_zoh_is_the_matrix_exponential(B, C):
     assert max(error(y, y_exact), error(last_state, last_exact)) <= TOLERANCE
 
 
+def test_a_state_that_drains_at_once_gives_no_gradient():
+    """By the exact rule nothing of it is seen; what delta, u, B and C are given is from the other state alone."""
+    rng = np.random.default_rng(0)
+    u, delta, dout = rng.standard_normal((3, 1, 2, 5))
+    B, C = rng.standard_normal((2, 1, 2, 5))
+    A = np.array([[-0.5, -np.inf], [-2.0, -np.inf]])
+    both = selective_scan.backward(dout, u, abs(delta), A, B, C, discretization="zoh")
+    one = selective_scan.backward(dout, u, abs(delta), A[:, :1], B[:, :1], C[:, :1], discretization="zoh")
+    for name in ("u", "delta"):
+        np.testing.assert_allclose(getattr(both, name), getattr(one, name), rtol=1e-14, atol=1e-15)
+    for name in "BC":
+        gradient = getattr(both, name)
+        np.testing.assert_allclose(gradient[:, :1], getattr(one, name), rtol=1e-14, atol=1e-15)
+        assert (gradient[:, 1] == 0).all()
+
+
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
 def test_a_scan_of_constant_parameters_is_a_linear_filter(discretization):
     rng = np.random.default_rng(1)
