@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from npmamba.cuda.device import Data, Real, Size, Stride, Wide, cuda, fetch4, load, shift, store, unpacked
+from npmamba.cuda.device import Data, Real, Size, Stride, Wide, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel
 from npmamba.cuda.rms_norm_forward import POWER, THREADS, WARPS
 from npmamba.cuda.rows import divided, row_pointer, team_total
@@ -16,7 +16,6 @@ from npmamba.cuda.vectors import inside_of, movers, place_of, readers, width_of,
 from npmamba.scalar import cast, fma, normalized_derivative, select
 
 uint32, int64 = np.uint32, np.int64
-INDEX = np.dtype(np.uint32)
 BLOCKS = 264
 """Blocks of the first kernel at most: two for each multiprocessor of an H200, which run at a time."""
 COLUMNS, SLICES, AHEAD = 32, 32, 16
@@ -34,34 +33,6 @@ def _backward(real, data, wide, whole):
     read, write = readers(width, numbers)[not wide], writers(width, numbers)[not wide]
     inside, place, total, slots = inside_of(width, wide), place_of(width), team_total(warps), 2 * warps
     number, (take, give) = real.type, movers(per)
-    # of numbers of two bytes the next row's wait in a few registers: a row alone does not keep the memory busy
-    prefetched = data.itemsize == 2 and wide and whole
-    vectors = numbers // width
-    words = 4 * vectors if prefetched else 1
-
-    def ask_for(coming, p, at, step, n, valid):
-        """Start the loads of a thread's numbers of a row; zeros will come unless `valid`."""
-        for k in range(vectors):
-            j = place(at, step, k * width)
-            vector = fetch4(p, j, valid and j < n)
-            for i in range(4):
-                coming[4 * k + i] = vector[i]
-
-    def ask_for_row(coming, lines, row, rows, inner, at, step, n, fused):
-        """Start the loads of a row of dy, s and dsums."""
-        dy, s, dsums, dy_outer, dy_inner, s_outer, s_inner, dsums_outer, dsums_inner = lines
-        there = row < rows
-        standing = divided(select(there, row, uint32(0)), inner)
-        ask_for(coming[0], row_pointer(dy, standing, dy_outer, dy_inner), at, step, n, there)
-        ask_for(coming[1], row_pointer(s, standing, s_outer, s_inner), at, step, n, there)
-        ask_for(coming[2], row_pointer(dsums, standing, dsums_outer, dsums_inner), at, step, n, there and fused)
-
-    def arrive(x, p, coming):
-        """Write the numbers whose loads were started to `x`."""
-        for k in range(vectors):
-            row = unpacked(p, (coming[4 * k], coming[4 * k + 1], coming[4 * k + 2], coming[4 * k + 3]))
-            for i in range(width):
-                x[k * width + i] = row[i]
 
     def read_row(q, s_hat, dy, s, r, at, step, n):
         """Read dy into q, and s r into s_hat."""
@@ -152,8 +123,6 @@ def _backward(real, data, wide, whole):
         shared, cells = cuda.shared.array(slots, real), cuda.shared.array(0, real, 16)
         q, s_hat = cuda.local.array(numbers, real), cuda.local.array(numbers, real)
         d, w = cuda.local.array(numbers, real), cuda.local.array(numbers, real)
-        coming_dy, coming_s = cuda.local.array(words, INDEX), cuda.local.array(words, INDEX)
-        coming = (coming_dy, coming_s, cuda.local.array(words, INDEX))
         tid = uint32(cuda.threadIdx.x)
         first = uint32(uint32(tid - uint32((tid >> p) << p)) * uint32(width))
         step, chunk = uint32(uint32(width) << p), uint32(uint32(numbers) << p)
@@ -161,10 +130,7 @@ def _backward(real, data, wide, whole):
         parts = shift(parts, int64(block) * int64(n))
         if whole or kept:
             clear(cells, w, n, chunk, tid)
-        top, turn, stride = uint32(block * teams), uint32(0), uint32(uint32(cuda.gridDim.x) * teams)
-        lines = (dy, s, dsums, dy_outer, dy_inner, s_outer, s_inner, dsums_outer, dsums_inner)
-        if prefetched:
-            ask_for_row(coming, lines, uint32(top + (tid >> p)), rows, inner, first, step, n, fused)
+        top, turn = uint32(block * teams), uint32(0)
         while top < rows:
             row = uint32(top + (tid >> p))
             there = row < rows
@@ -176,15 +142,7 @@ def _backward(real, data, wide, whole):
             begin = uint32(turn >> uint32(1))
             r, dot, at = load(rstd, row), cast(0, share), begin
             while True:
-                if prefetched:
-                    arrive(q, dy, coming[0])
-                    arrive(s_hat, s, coming[1])
-                    arrive(d, dsums, coming[2])
-                    for k in range(numbers):
-                        s_hat[k] *= r
-                    following = uint32(uint32(top + stride) + (tid >> p))
-                    ask_for_row(coming, lines, following, rows, inner, first, step, n, fused)
-                elif whole:
+                if whole:
                     read_whole_row(q, s_hat, d, a, b, c, r, uint32(first + at), step, n, fused)
                 else:
                     read_row(q, s_hat, a, b, r, uint32(first + at), step, n)
@@ -217,7 +175,7 @@ def _backward(real, data, wide, whole):
                 read(w, weight, uint32(first + at), step, n)
                 for k in range(numbers):
                     q[k] *= w[k]
-            top, turn = uint32(top + stride), uint32(uint32(1) - turn)
+            top, turn = uint32(top + uint32(uint32(cuda.gridDim.x) * teams)), uint32(uint32(1) - turn)
         if whole or kept:
             add_teams(cells, parts, n, tid, p)
 
