@@ -369,7 +369,8 @@ def test_a_kernel_and_a_device_function_of_numba():
 
 def test_words_of_numba_under_names_of_their_own():
     numba_cuda = pytest.importorskip("numba.cuda", exc_type=ImportError)
-    fmaf, thread, block, count = numba_cuda.libdevice.fmaf, numba_cuda.threadIdx, numba_cuda.blockIdx, numba_cuda.popc
+    libdevice = pytest.importorskip("numba.cuda.libdevice", exc_type=ImportError)
+    fmaf, thread, block, count = libdevice.fmaf, numba_cuda.threadIdx, numba_cuda.blockIdx, numba_cuda.popc
     shuffle, sleep = numba_cuda.shfl_xor_sync, numba_cuda.nanosleep
 
     def kernel(x, y, tired):

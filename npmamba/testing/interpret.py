@@ -53,7 +53,7 @@ def _replacement(x: Any, memo: dict[Any, Any]) -> Any:
     home = str(getattr(x, "__module__", ""))
     if home.startswith("numba.cuda.libdevice"):
         return getattr(arithmetic.LIBDEVICE, x.__name__)
-    if home.startswith(("numba.cuda.stubs", "numba.cuda.intrinsics")):
+    if home.startswith(("numba.cuda.stubs", "numba.cuda.intrinsic")):  # of numba-cuda, and of Numba itself
         return words.word(getattr(x, "__qualname__", x.__name__))
     if hasattr(x, "py_func"):
         return rebind(x.py_func, memo)
