@@ -81,7 +81,7 @@ def make_channel_sum(lanes: int, count: int) -> Any:
     The numbers are dealt out on the way: each lane ends with ``max(1, count lanes / 32)`` sums at the front of
     `numbers`; which ones, the bits of the thread's number tell.
     """
-    return _deal(channel_distances(lanes)[::-1], count)
+    return _deal(channel_distances(lanes), count)
 
 
 def _deal(distances: tuple[int, ...], count: int) -> Any:
@@ -116,7 +116,7 @@ def _nothing(numbers, thread):
 
 def make_first_kept(lanes: int, count: int) -> Any:
     """Build ``first_kept(thread)``: which of the `count` sums of `make_channel_sum` a thread keeps the first of."""
-    return _first_kept(channel_distances(lanes)[::-1], count)
+    return _first_kept(channel_distances(lanes), count)
 
 
 def _first_kept(distances: tuple[int, ...], count: int) -> Any:
@@ -157,7 +157,7 @@ def _backward(
     groups_of_warp = 32 // lanes
     dealt = max(1, 2 * states // groups_of_warp)
     deals = min(groups_of_warp, 2 * states).bit_length() - 1
-    copies = sum(channel_distances(lanes)[::-1][deals:])  # bits of threads whose sums another thread holds too
+    copies = sum(channel_distances(lanes)[deals:])  # bits of threads whose sums another thread holds too
     values_size, sums_size, lowest = 2 * states, 4 * owners, float(np.finfo(real).min)
     rows_size, raw_size, widened_size = 2 * stage, 2 * both, 2 * both if half else 4
     quads_size, parts_size = channels * quad_pitch, steps * WARPS * sums_pitch

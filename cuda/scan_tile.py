@@ -168,9 +168,9 @@ def lane_distances(lanes: int) -> tuple[int, ...]:
 
 
 def channel_distances(lanes: int) -> tuple[int, ...]:
-    """Return how many threads lie between channels of a warp that are 1, 2, 4, … apart."""
-    apart = [lanes << k for k in range((32 // lanes).bit_length() - 1)]
-    return tuple(2 if k == 0 and _is_interleaved(lanes) else d for k, d in enumerate(apart))
+    """Return how many threads lie between channels of a warp that are …, 4, 2, 1 apart."""
+    apart = [lanes << k for k in reversed(range((32 // lanes).bit_length() - 1))]
+    return tuple(2 if d == lanes and _is_interleaved(lanes) else d for d in apart)
 
 
 # --- numbers of a lane and of a channel ---
