@@ -17,7 +17,7 @@ from npmamba.cuda.cross_entropy_forward import FORWARD, MEAN
 from npmamba.cuda.rows import inner_rows, lines, team_of, wide
 from npmamba.shapes import compute_dtype
 
-SHORT = 1024
+SHORT = short.LONGEST
 """Rows up to this length belong to a few threads each, longer ones to a block."""
 
 
@@ -43,16 +43,18 @@ def forward(logits: Any, labels: Any, *, ignore_index: int, save: bool) -> tuple
     vocab, dtype = logits.shape[-1], compute_dtype(logits.dtype)
     targets = library(labels).ascontiguousarray(labels.astype(np.int64, copy=False)).reshape(-1)
     rows = targets.size
-    p, blocks = 0, rows
+    share, blocks, constants = 0, rows, short.forward_constants(vocab, logits.dtype)
     if vocab <= SHORT:
-        p, blocks = _teams(vocab, rows, short.forward_numbers(logits.dtype), short.FORWARD_BLOCKS)
+        share, blocks = short.forward_share(rows, constants["p"])
     tops, sums = empty(logits, (rows,), dtype), empty(logits, (rows,), dtype)
     losses, counts = empty(logits, (blocks,), dtype), empty(logits, (blocks,), np.int64)
     mean, count = empty(logits, (), dtype), empty(logits, (), np.int64)
     x = lines(logits)
     arrays, aligned = (*x, targets, ignore_index, losses, counts, sums, tops), int(wide(x.array))
     if vocab <= SHORT:
-        short.FORWARD.launch((blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, p))
+        short.FORWARD.launch(
+            (blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, share), **constants
+        )
     else:
         FORWARD.launch((blocks,), logits.dtype, (*arrays, vocab, inner_rows(x), aligned))
     MEAN.launch((1,), dtype, (losses, counts, mean, count, blocks))

@@ -70,9 +70,14 @@ def divided(row, inner):
     return outer, uint32(row - uint32(outer * inner))
 
 
+def row_offset(at, outer_stride, inner_stride):
+    """Return where a row of `Lines` begins, which stands where `divided` says."""
+    return int64(at[0]) * outer_stride + int64(at[1]) * inner_stride
+
+
 def row_pointer(p, at, outer_stride, inner_stride):
-    """Return the pointer to a row of `Lines`, which stands where `divided` says."""
-    return shift(p, int64(at[0]) * outer_stride + int64(at[1]) * inner_stride)
+    """Return the pointer to it."""
+    return shift(p, row_offset(at, outer_stride, inner_stride))
 
 
 def smaller(x, y):

@@ -164,6 +164,19 @@ def test_ignored_rows_are_as_if_absent_and_never_read(device_backend):
     assert same_bits(dlogits[~keep], np.zeros_like(dlogits[~keep]))
 
 
+@pytest.mark.parametrize("vocab", [17, 40])
+def test_what_is_read_in_the_place_of_ignored_rows_is_not_counted(device_backend, vocab):
+    """A team whose turn is an ignored row's reads the first row, which may itself be ignored."""
+    logits, labels = case((70, vocab), 13, ignored=0)
+    labels[:1], labels[5:50], labels[69:] = IGNORED, IGNORED, IGNORED
+    logits[0] = np.nan
+    loss, dlogits = both(device_backend, logits, labels, FORWARD_BLOCKS=1)
+    keep = labels != IGNORED
+    kept_loss, kept = both(device_backend, logits[keep], labels[keep])
+    assert error(loss, kept_loss) <= 1e-7
+    assert same_bits(dlogits[keep], kept)
+
+
 @pytest.mark.parametrize("vocab", [1032, 1029])
 def test_an_ignored_row_that_belongs_to_a_block_is_never_read(device_backend, vocab):
     logits, labels = case((3, vocab), 8, ignored=0)
