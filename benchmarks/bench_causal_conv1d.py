@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), action="append", help="default: first two"
     )
     parser.add_argument("--memory", choices=("rows", "packed", "lines"), action="append", help="default: all")
-    parser.add_argument("--stretch", type=int, help="steps of a stretch, to see what that choice costs")
+    parser.add_argument("--stretch", type=int, help="steps of a stretch, a multiple of 8, to see what it costs")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE in benchmarks/results/")
     return parser.parse_args()
 
@@ -149,7 +149,7 @@ def on_gpu(asked: argparse.Namespace) -> None:
     xp, bandwidth = gpu_timing.cupy, gpu_timing.copy_bandwidth()
     memories, dtypes = asked.memory or ["rows", "packed", "lines"], asked.dtype or list(DTYPES[:2])
     if asked.stretch:
-        conv_shares.STRETCH = conv_shares.SHORTEST = conv_shares.LONGEST = asked.stretch
+        conv_shares.SHORTEST = conv_shares.LONGEST = asked.stretch
         conv_shares.AHEAD = dict.fromkeys(conv_shares.AHEAD, asked.stretch)
     settings = {**gpu_timing.described(), "copy_bandwidth": bandwidth, "stretch": asked.stretch}
     report = harness.Report("causal convolution", 1, **settings)

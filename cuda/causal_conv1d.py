@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from npmamba.cuda import conv_any, conv_lines, conv_rows
-from npmamba.cuda.arrays import empty, library, strides, zeros
+from npmamba.cuda.arrays import address, empty, library, strides, zeros
 from npmamba.cuda.conv_parts import BIAS, DINITIAL, DLAST, INITIAL, PACKED, REVERSE, SILU, THREADS, WIDTHS
 from npmamba.cuda.conv_shares import any_share, line_share, line_share_backward, row_share, stretches, stretches_ahead
 from npmamba.cuda.conv_sum import COLUMNS, SUM
@@ -47,6 +47,12 @@ def _parameter(x: Any, dtype: Any) -> Any:
     return None if x is None else library(x).ascontiguousarray(native(x, dtype))
 
 
+def _side_by_side_parameter(x: Any, dtype: Any) -> Any:
+    """Return a parameter that `npmamba.cuda.conv_rows` can read by 16 bytes at a time: a copy if it lies elsewhere."""
+    x = _parameter(x, dtype)
+    return x if x is None or not address(x) % 16 else x.copy()
+
+
 def _options(silu_on: bool, packed: bool, bias: Any, initial: Any, dinitial: Any = None, dlast: Any = None) -> int:
     present = ((BIAS, bias), (INITIAL, initial), (DINITIAL, dinitial), (DLAST, dlast))
     return SILU * silu_on + PACKED * packed + sum(bit for bit, x in present if x is not None)
@@ -54,8 +60,8 @@ def _options(silu_on: bool, packed: bool, bias: Any, initial: Any, dinitial: Any
 
 def _family(width: int, packed: bool, *arrays: Any) -> Any:
     """Return the module whose kernels serve arrays of this memory."""
-    if width in WIDTHS and all(side_by_side(x, 1) for x in arrays):
-        return conv_rows
+    if width in WIDTHS and all(side_by_side(x, 1) and abs(strides(x)[2]) < 2**31 for x in arrays):
+        return conv_rows  # it knows distances between rows of 32 bits
     fits = width in WIDTHS and not packed and all(side_by_side(x, 2) for x in arrays)
     return conv_lines if fits and arrays[0].nbytes < 2**36 else conv_any  # it numbers accesses of 16 bytes by 32 bits
 
@@ -80,7 +86,7 @@ def forward(
     """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked."""
     arguments, real = (x, weight, bias, initial_state), compute_dtype(x.dtype)
     x = native(x, x.dtype.newbyteorder("="))
-    prepared = (x, *(_parameter(p, real) for p in arguments[1:]))
+    prepared = (x, *(_side_by_side_parameter(p, real) for p in (weight, bias)), _parameter(initial_state, real))
     packed, silu_on = seq_idx is not None, activation == "silu"
     steps = walk(seq_idx, reverse) if packed else (None, None)
     saved = Saved(arguments, prepared, steps, reverse, silu_on) if save else None
@@ -108,9 +114,9 @@ def _launch_forward(x: Any, y: Any, last: Any, parameters: Any, steps: Any, reve
     x, y = _in_walk_order(reverse, packed, x, y)
     arrays = (x, *parameters, *steps, y, last)
     if family is conv_rows:
-        grid, sizes = row_share(x, stretches_ahead(x))
-        along = strides(x)[::2] + strides(y)[::2]
         constants = conv_rows.forward_constants(x.dtype, width, packed)
+        grid, sizes = row_share(x, stretches_ahead(x, constants["resident"]))
+        along = strides(x)[::2] + strides(y)[::2]
         return conv_rows.FORWARD.launch(grid, x.dtype, (*arrays, *along, *sizes, options), **constants)
     grid, along_time = any_share(x, x.shape[2] + width - 1)
     sizes = (*x.shape[1:], width - 1, along_time, options)

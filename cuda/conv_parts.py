@@ -24,16 +24,20 @@ from npmamba.cuda.device import (
 from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import cast, exp2, fma, silu, silu_derivative
 
-uint32, int64 = np.uint32, np.int64
+uint32, int32, int64 = np.uint32, np.int32, np.int64
 THREADS = 128
 WIDTHS = (2, 3, 4)
 """Widths with kernels of their own: those of published models and of the convolution they came with."""
 STEPS = 4
 """Steps that come from memory together; more than a kernel looks back."""
+UNIT = 2 * STEPS
+"""Steps that a loop goes through at most: stretches are multiples of it, but for the last one of a row."""
 COLUMNS = 32
 """Threads of a block along the channels, fewer where there are fewer channels."""
 ROW_LANES = {2: 4, 4: 4, 8: 2}
 """Channels of a thread that walks through time, by the bytes of a number: more would leave room for too few threads."""
+RESIDENT, RESIDENT_PACKED, RESIDENT_BACKWARD = {2: 5, 4: 5, 8: 4}, {2: 4, 4: 4, 8: 4}, {2: 3, 4: 2, 8: 2}
+"""Blocks of `npmamba.cuda.conv_rows` on a multiprocessor, by the bytes of a number: as many as registers allow."""
 PLACE, WORD = np.dtype(np.int64), np.dtype(np.uint32)
 GROUP = 4
 """Stretches whose sums over time are added before they are written: ``THREADS / COLUMNS``."""
@@ -60,9 +64,9 @@ def _silu_of_half(x):
 
 
 def _silu_derivative_of_half(x):
-    """sigma (1 + x (1 - sigma)), likewise"""
+    """sigma (1 + x (1 - sigma)) = sigma + sigma (x - x sigma), likewise"""
     s = rcp(cast(1, x) + exp2(x * cast(-LOG2E, x)))
-    return s * fma(x, cast(1, x) - s, cast(1, x))
+    return fma(s, fma(-x, s, x), s)
 
 
 def activation_of(data: Any) -> tuple[Any, Any]:
@@ -91,64 +95,47 @@ def make_row_access(lanes: int) -> tuple[Any, Any]:
     return load_row, store_row
 
 
-def make_place(lanes: int) -> Any:
-    def place(dim, columns, column_blocks):
-        """Return a block's first channel, a thread's first one, and its line.
+def short(step: Any) -> Any:
+    """Return a distance between rows as 64 bits of which 32 count: compilers multiply it by one instruction."""
+    return int64(int32(step))
 
-        That is which stretch of which batch row it has, counted over all.
-        """
+
+def make_place(lanes: int) -> Any:
+    def place(column_bits, column_blocks):
+        """Return a thread's first channel and its line: which stretch of which batch row it has, counted over all."""
         thread, block = uint32(cuda.threadIdx.x), uint32(cuda.blockIdx.x)
         row = uint32(block // column_blocks)
-        first = uint32(uint32(uint32(block - row * column_blocks) * columns) * uint32(lanes))
-        d = uint32(first + uint32(uint32(thread % columns) * uint32(lanes)))
-        return first, d, uint32(row * (uint32(THREADS) // columns) + thread // columns)
+        column = uint32(thread & uint32((uint32(1) << column_bits) - uint32(1)))
+        piece = uint32(uint32(uint32(block - row * column_blocks) << column_bits) + column)
+        line = uint32(uint32(row * uint32(uint32(THREADS) >> column_bits)) + uint32(thread >> column_bits))
+        return uint32(piece * uint32(lanes)), line
 
     return place
 
 
-def shared_weights(width: int, lanes: int) -> int:
-    """Return how many numbers the weights and the bias of a block's channels take in shared memory."""
-    return (width + 1) * (COLUMNS * lanes + 8)
+def make_take(real: Any, width: int, lanes: int) -> Any:
+    """Build the load of the weights of a thread's channels, which lie side by side: a few accesses of 16 bytes.
 
-
-def make_weights(real: Any, width: int, lanes: int) -> tuple[Any, Any]:
-    """Build the two halves of bringing weights: neighbours read neighbours, then each takes those of its channels.
-
-    A row of shared memory holds the block's weights of a tap, the last row the bias. Rows begin 8 numbers apart from a
-    multiple of 32, so that a warp writes different banks.
+    They wait for nothing and nobody, so that they travel together with a thread's first inputs.
     """
-    number, row = real.type, COLUMNS * lanes + 8
-    each, biases = -(-COLUMNS * lanes * width // THREADS), -(-COLUMNS * lanes // THREADS)
-    load_row, _ = make_row_access(lanes)
+    number, count, size = real.type, 16 // np.dtype(real).itemsize, width * lanes
+    load_piece, _ = make_row_access(count)
 
-    def bring(weight, bias, options, first, dim, columns, cells):
-        """Write the weights of the block's channels, from its first one, to shared memory."""
-        x, y = cuda.local.array(each, real), cuda.local.array(biases, real)
-        thread, channels = uint32(cuda.threadIdx.x), min(uint32(columns * uint32(lanes)), uint32(dim - first))
-        for i in range(each):
-            n = uint32(thread + uint32(i * THREADS))
-            if n < uint32(channels * uint32(width)):
-                x[i] = load(weight, uint32(uint32(first * uint32(width)) + n))
-        for i in range(biases):
-            n = uint32(thread + uint32(i * THREADS))
-            y[i] = load(bias, uint32(first + n)) if options & uint32(BIAS) and n < channels else number(0)
-        for i in range(each):
-            n = uint32(thread + uint32(i * THREADS))
-            channel = uint32(n // uint32(width))
-            if n < uint32(channels * uint32(width)):
-                cells[uint32(uint32(uint32(n - channel * uint32(width)) * uint32(row)) + channel)] = x[i]
-        for i in range(biases):
-            n = uint32(thread + uint32(i * THREADS))
-            if n < channels:
-                cells[uint32(uint32(width * row) + n)] = y[i]
+    def take(weight, bias, options, d, weights):
+        """Fill `weights` with those of the channels from `d` on: a row per tap, and the bias in the last one."""
+        flat = cuda.local.array(size, real)
+        for i in range(size // count):
+            load_piece(weight, uint32(uint32(d * uint32(width)) + uint32(i * count)), flat, i)
+        for k in range(width):
+            for j in range(lanes):
+                weights[k * lanes + j] = flat[j * width + k]
+        for j in range(lanes):
+            weights[width * lanes + j] = number(0)
+        if options & uint32(BIAS):
+            for i in range(lanes // count):
+                load_piece(bias, uint32(d + uint32(i * count)), weights, size // count + i)
 
-    def take(cells, columns, weights):
-        """Fill `weights` after a barrier: a row per tap, and the bias in the last one."""
-        at = uint32(uint32(uint32(cuda.threadIdx.x) % columns) * uint32(lanes))
-        for k in range(width + 1):
-            load_row(cells, uint32(at + uint32(k * row)), weights, k)
-
-    return bring, take
+    return take
 
 
 def make_load_history(real: Any, width: int, lanes: int, packed: bool) -> Any:
@@ -199,9 +186,9 @@ def make_fetch(data: Any, packed: bool) -> tuple[Any, Any, Any]:
 
     Without packing the first does nothing, and the loads walk along with their pointer.
     """
-    lanes, words = row_lanes(data), row_words(data)
-    read = {2: fetch2, 4: fetch4}[words]
-    pack = {2: lambda t, i: (t[i], t[i + 1]), 4: lambda t, i: (t[i], t[i + 1], t[i + 2], t[i + 3])}[words]
+    lanes, size = row_lanes(data), row_words(data)
+    read = {2: fetch2, 4: fetch4}[size]
+    pack = {2: lambda t, i: (t[i], t[i + 1]), 4: lambda t, i: (t[i], t[i + 1], t[i + 2], t[i + 3])}[size]
 
     def find(entries_at, s, end, places):
         """Write where in time the steps from `s` on lie, before `end`."""
@@ -210,21 +197,28 @@ def make_fetch(data: Any, packed: bool) -> tuple[Any, Any, Any]:
                 t = uint32(s + uint32(i))
                 places[i] = position(load(entries_at, t)) if t < end else int64(0)
 
-    def fetch(p, step, s, end, places, ahead):
-        """Start the loads of the steps before `end`, zeros for the others; return the pointer to the row after them."""
-        for i in range(STEPS):
-            at = shift(p, places[i] * step) if packed else p
-            row = read(at, uint32(0), uint32(s + uint32(i)) < end)
-            for j in range(words):
-                ahead[i * words + j] = row[j]
-            if not packed:
-                p = shift(p, step)
-        return p
+    def fetch(p, step, s, end, places, words, slot):
+        """Start the loads of the steps before `end`, zeros for the others; return the pointer to the row after them.
 
-    def arrive(p, ahead, tile, first):
+        Where all are before `end`, none is asked about.
+        """
+        if not packed and uint32(s + uint32(STEPS)) <= end:
+            for i in range(STEPS):
+                row = read(shift(p, int64(i) * step), uint32(0), True)
+                for j in range(size):
+                    words[(slot * STEPS + i) * size + j] = row[j]
+        else:
+            for i in range(STEPS):
+                at = shift(p, (places[i] if packed else int64(i)) * step)
+                row = read(at, uint32(0), uint32(s + uint32(i)) < end)
+                for j in range(size):
+                    words[(slot * STEPS + i) * size + j] = row[j]
+        return p if packed else shift(p, int64(STEPS) * step)
+
+    def arrive(p, words, slot, tile, first):
         """Write the numbers to rows of `tile`, from row `first` on."""
         for i in range(STEPS):
-            row = unpacked(p, pack(ahead, i * words))
+            row = unpacked(p, pack(words, (slot * STEPS + i) * size))
             for j in range(lanes):
                 tile[(first + i) * lanes + j] = row[j]
 
@@ -234,7 +228,7 @@ def make_fetch(data: Any, packed: bool) -> tuple[Any, Any, Any]:
 def make_add_stretches(width: int, lanes: int) -> Any:
     load_row, store_row = make_row_access(lanes)
 
-    def add_stretches(sums, total, shared, parts, d, line, dim, columns, here):
+    def add_stretches(sums, total, shared, parts, d, line, dim, column_bits, here):
         """Write the sums of `GROUP` stretches, added from the first to the last, to their part."""
         thread = uint32(cuda.threadIdx.x)
         for k in range(width + 1):
@@ -243,7 +237,8 @@ def make_add_stretches(width: int, lanes: int) -> Any:
             cuda.syncthreads()
             if here and line % uint32(GROUP) == uint32(0):
                 for n in range(1, GROUP):
-                    load_row(shared, uint32(uint32(thread + uint32(uint32(n) * columns)) * uint32(lanes)), total, 0)
+                    other = uint32(thread + uint32(uint32(n) << column_bits))
+                    load_row(shared, uint32(other * uint32(lanes)), total, 0)
                     for j in range(lanes):
                         sums[k * lanes + j] += total[j]
                 row = int64(line // uint32(GROUP)) * int64(width + 1) + int64(k)

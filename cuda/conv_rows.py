@@ -2,8 +2,8 @@
 
 A thread owns `row_lanes` channels and a stretch of steps. It keeps the last ``width - 1`` inputs in registers, so a
 stretch reads its inputs once, and the ``width - 1`` before it once more. While it computes a group of `STEPS` steps the
-next group is on its way to other registers. A block is `columns` threads along the channels by ``THREADS / columns``
-stretches; the weights of its channels come through shared memory.
+next one or two are on their way to other registers, as words of 32 bits; so are its weights while it waits for the
+first. A block is ``1 << column_bits`` threads along the channels, and as many stretches as it has threads for.
 
 Packed sequences come as a list of steps (`npmamba.cuda.schedule.walk`): where a step lies in time, and whether its
 sequence begins there. Steps that are padding stand at the end of the list, behind the `total` others.
@@ -17,6 +17,9 @@ from npmamba.cuda.conv_parts import (
     DINITIAL,
     DLAST,
     PLACE,
+    RESIDENT,
+    RESIDENT_BACKWARD,
+    RESIDENT_PACKED,
     SILU,
     STEPS,
     THREADS,
@@ -28,10 +31,10 @@ from npmamba.cuda.conv_parts import (
     make_load_history,
     make_place,
     make_row_access,
-    make_weights,
+    make_take,
     row_lanes,
     row_words,
-    shared_weights,
+    short,
 )  # fmt: skip
 from npmamba.cuda.device import Data, Long, Size, Stride, Wide, cuda, load, shift, store
 from npmamba.cuda.launch import Kernel
@@ -39,58 +42,71 @@ from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
+GROUPS, GROUPS_BACKWARD = {2: (2, 2), 4: (1, 1), 8: (1, 1)}, {2: (2, 1), 4: (1, 1), 8: (1, 1)}
+"""By the bytes of a number: groups of `STEPS` that a loop goes through, and how many of them are on their way.
+
+Of two by turns each stays in its own registers, where the next of one is moved to those of the last.
+"""
 
 
-def _forward(real, data, width, packed, resident):
+def _forward(real, data, width, packed, resident, groups, ahead):
     lanes, lag, number = row_lanes(data), width - 1, real.type
-    weights_size, window_size, group_size = (width + 1) * lanes, (lag + STEPS) * lanes, STEPS * lanes
-    cells_size, ahead_size = shared_weights(width, lanes), STEPS * row_words(data)
+    weights_size, window_size = (width + 1) * lanes, (lag + groups * STEPS) * lanes
+    group_size, words_size = STEPS * lanes, ahead * STEPS * row_words(data)
     _, store_row = make_row_access(lanes)
-    place, (bring, take) = make_place(lanes), make_weights(real, width, lanes)
+    place, take = make_place(lanes), make_take(real, width, lanes)
     load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
     silu, _ = activation_of(data)
 
-    def group(s, s1, total, options, entries_at, y_at, y_step, weights, window, q):
-        """Compute and store y of a group; return the pointer to the row of y after it."""
+    def outputs(g, s, total, s1, options, entries_at, weights, window, q):
+        """Compute y of the group whose inputs begin in row ``g STEPS`` of the window."""
+        first = g * STEPS
         for i in range(STEPS):
             t = uint32(s + uint32(i))
             if packed and t < s1 and is_fresh(load(entries_at, t)):
                 for j in range(lag * lanes):
-                    window[i * lanes + j] = number(0)
+                    window[(first + i) * lanes + j] = number(0)
             for j in range(lanes):
                 at = i * lanes + j
                 q[at] = weights[width * lanes + j]
                 for k in range(width):
-                    q[at] = fma(weights[k * lanes + j], window[at + k * lanes], q[at])
+                    q[at] = fma(weights[k * lanes + j], window[(first + i + k) * lanes + j], q[at])
         if options & uint32(SILU):
             for j in range(group_size):
                 q[j] = silu(q[j])
         for i in range(STEPS):
-            t = uint32(s + uint32(i))
-            if packed and t >= total:
+            if packed and uint32(s + uint32(i)) >= total:
                 for j in range(lanes):
                     q[i * lanes + j] = number(0)
-            if t < s1:
-                to = shift(y_at, position(load(entries_at, t)) * y_step) if packed else y_at
-                store_row(to, uint32(0), q, i)
-            if not packed:
-                y_at = shift(y_at, y_step)
-        return y_at
+
+    def give(s, s1, entries_at, y_at, y_step, q):
+        """Store y of a group; return the pointer to the row of y after it. Mostly all of it is in the stretch."""
+        if not packed and uint32(s + uint32(STEPS)) <= s1:
+            for i in range(STEPS):
+                store_row(shift(y_at, int64(i) * y_step), uint32(0), q, i)
+        else:
+            for i in range(STEPS):
+                t = uint32(s + uint32(i))
+                if t < s1:
+                    n = position(load(entries_at, t)) if packed else int64(i)
+                    store_row(shift(y_at, n * y_step), uint32(0), q, i)
+        return y_at if packed else shift(y_at, int64(STEPS) * y_step)
 
     def conv_rows_forward(
         x: Data, weight: Wide, bias: Wide, initial: Wide, entries: Long, totals: Long, y: Data, last: Wide,
         x_batch: Stride, x_step: Stride, y_batch: Stride, y_step: Stride, dim: Size, seqlen: Size, stretch: Size,
-        stretches: Size, lines: Size, columns: Size, column_blocks: Size, options: Size,
+        stretches: Size, lines: Size, column_bits: Size, column_blocks: Size, options: Size,
     ):  # fmt: skip
         """Equation: q_s = bias + sum_k weight_k x_(s - lag + k), y = silu(q) or q, lag = width - 1.
-        Threads: a thread is some channels and a stretch of steps, a loop over `STEPS` at a time.
+        Threads: a thread is some channels and a stretch of steps, a loop over `groups` times `STEPS` at a time.
         Owns: y of its steps and channels; `last` of its channels if the last step is in its stretch.
         Saved: nothing.
         """
-        cells, places = cuda.shared.array(cells_size, real, 16), cuda.local.array(STEPS, PLACE)
-        weights, window = cuda.local.array(weights_size, real), cuda.local.array(window_size, real)
-        q, ahead = cuda.local.array(group_size, real), cuda.local.array(ahead_size, WORD)
-        first, d, line = place(dim, columns, column_blocks)
+        x_step, y_step = short(x_step), short(y_step)
+        places, weights = cuda.local.array(STEPS, PLACE), cuda.local.array(weights_size, real)
+        window, q = cuda.local.array(window_size, real), cuda.local.array(group_size, real)
+        words = cuda.local.array(words_size, WORD)
+        d, line = place(column_bits, column_blocks)
         here = d < dim and line < lines
         d, line = select(here, d, uint32(0)), select(here, line, uint32(0))
         b = line // stretches
@@ -105,27 +121,29 @@ def _forward(real, data, width, packed, resident):
         x_to, y_to = x_at, y_at
         if not packed:
             x_to, y_to = shift(x_at, int64(s0) * x_step), shift(y_at, int64(s0) * y_step)
-        find(entries_at, s0, end, places)
-        x_to = fetch(x_to, x_step, s0, end, places, ahead)
-        find(entries_at, uint32(s0 + uint32(STEPS)), end, places)
+        s = s0
+        for g in range(ahead):
+            find(entries_at, s, end, places)
+            x_to = fetch(x_to, x_step, s, end, places, words, g)
+            s = uint32(s + uint32(STEPS))
+        find(entries_at, s, end, places)
+        take(weight, bias, options, d, weights)
         for j in range(window_size):
             window[j] = number(0)
         if here:
             load_history(x_at, x_step, entries_at, initial_at, options, s0, window)
-        bring(weight, bias, options, first, dim, columns, cells)
-        cuda.syncthreads()
-        if here:
-            take(cells, columns, weights)
         s = s0
         while s < s1:
-            arrive(x, ahead, window, lag)
-            following = uint32(s + uint32(STEPS))
-            x_to = fetch(x_to, x_step, following, end, places, ahead)
-            find(entries_at, uint32(following + uint32(STEPS)), end, places)
-            y_to = group(s, s1, total, options, entries_at, y_to, y_step, weights, window, q)
+            for g in range(groups):
+                arrive(x, words, g % ahead, window, lag + g * STEPS)
+                following = uint32(s + uint32(ahead * STEPS))
+                x_to = fetch(x_to, x_step, following, end, places, words, g % ahead)
+                find(entries_at, uint32(following + uint32(STEPS)), end, places)
+                outputs(g, s, total, s1, options, entries_at, weights, window, q)
+                y_to = give(s, s1, entries_at, y_to, y_step, q)
+                s = uint32(s + uint32(STEPS))
             for j in range(lag * lanes):
-                window[j] = window[STEPS * lanes + j]
-            s = following
+                window[j] = window[groups * STEPS * lanes + j]
         if here and total <= s1 and (total > s0 or s0 == uint32(0)):
             load_history(x_at, x_step, entries_at, initial_at, options, total, window)
             for k in range(lag):
@@ -135,18 +153,22 @@ def _forward(real, data, width, packed, resident):
     return conv_rows_forward
 
 
-def _blocks(width, packed, resident):
+def _blocks(*, resident, **_):
     return resident
 
 
 def forward_constants(dtype, width, packed):
     """Return the constants of the forward kernel; `resident` blocks are to fit on a multiprocessor."""
-    return {"width": width, "packed": packed, "resident": 4 if packed or dtype.itemsize == 8 else 5}
+    groups, ahead = (1, 1) if packed else GROUPS[dtype.itemsize]
+    resident = (RESIDENT_PACKED if packed else RESIDENT)[dtype.itemsize]
+    return {"width": width, "packed": packed, "resident": resident, "groups": groups, "ahead": ahead}
 
 
 def backward_constants(dtype, width, packed):
     """Return those of the backward kernel."""
-    return {"width": width, "packed": packed, "resident": 3 if dtype.itemsize == 2 else 2}
+    groups, ahead = (1, 1) if packed else GROUPS_BACKWARD[dtype.itemsize]
+    resident = RESIDENT_BACKWARD[dtype.itemsize]
+    return {"width": width, "packed": packed, "resident": resident, "groups": groups, "ahead": ahead}
 
 
 def _shipped(constants):
@@ -156,85 +178,135 @@ def _shipped(constants):
 FORWARD = Kernel(_forward, threads=THREADS, blocks=_blocks, shipped=_shipped(forward_constants))
 
 
-def _backward(real, data, width, packed, resident):
+def _backward(real, data, width, packed, resident, groups, ahead):
     lanes, lag, number = row_lanes(data), width - 1, real.type
-    weights_size, window_size, group_size = (width + 1) * lanes, (lag + STEPS) * lanes, STEPS * lanes
-    cells_size, ahead_size, sums_size = shared_weights(width, lanes), STEPS * row_words(data), THREADS * lanes
-    place, (bring, take), (_, store_row) = make_place(lanes), make_weights(real, width, lanes), make_row_access(lanes)
+    weights_size, window_size = (width + 1) * lanes, (lag + groups * STEPS) * lanes
+    group_size, words_size, sums_size = STEPS * lanes, ahead * STEPS * row_words(data), THREADS * lanes
+    place, take, (_, store_row) = make_place(lanes), make_take(real, width, lanes), make_row_access(lanes)
     load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
     add_stretches, (_, silu_derivative) = make_add_stretches(width, lanes), activation_of(data)
 
-    def spread(i, same, weights, dq, pending):
+    def spread(row, i, same, weights, dq, pending):
         """Add what dq of a step gives to the dx of its own sequence's last `lag` steps and to its own."""
         if not packed or same >= uint32(lag):
             for k in range(width):
                 for j in range(lanes):
-                    at = (i + k) * lanes + j
+                    at = (row + k) * lanes + j
                     pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
         else:
             for k in range(width):
                 if uint32(uint32(k) + same) >= uint32(lag):
                     for j in range(lanes):
-                        at = (i + k) * lanes + j
+                        at = (row + k) * lanes + j
                         pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
 
-    def cotangents(i, options, weights, window, dq):
-        """Turn dout of a step into dq; without a branch, so that instructions of neighbouring steps can mix."""
+    def cotangents(row, i, weights, window, dq):
+        """Turn dout of a step into dq, where the activation is on."""
         for j in range(lanes):
-            at = i * lanes + j
             q = weights[width * lanes + j]
             for k in range(width):
-                q = fma(weights[k * lanes + j], window[at + k * lanes], q)
-            dq[at] *= select((options & uint32(SILU)) != uint32(0), silu_derivative(q), number(1))
+                q = fma(weights[k * lanes + j], window[(row + k) * lanes + j], q)
+            dq[i * lanes + j] *= silu_derivative(q)
 
-    def add_up(i, window, dq, sums):
+    def add_up(row, i, window, dq, sums):
         for j in range(lanes):
             at = i * lanes + j
             for k in range(width):
-                sums[k * lanes + j] = fma(dq[at], window[at + k * lanes], sums[k * lanes + j])
+                sums[k * lanes + j] = fma(dq[at], window[(row + k) * lanes + j], sums[k * lanes + j])
             sums[width * lanes + j] += dq[at]
 
-    def make_step(own):
-        """Build the work on the i-th step of a group; one that is not `own` counts in the next stretch's sums."""
+    def step(first, i, own, s, same, end, entries_at, options, arrays):
+        """Work on the i-th step of a group; one that is not `own` counts in the next stretch's sums.
 
-        def step(i, s, same, limits, pointers, to, dx_step, options, arrays):
-            s0, s1, total, end, late = limits
-            entries_at, dx_at, dlast_at = pointers
-            weights, window, dq, pending, sums = arrays
-            t = uint32(s + i)
-            for j in range(lanes):
-                pending[(i + lag) * lanes + j] = number(0)
-            if packed and t < end and is_fresh(load(entries_at, t)):
-                same = uint32(0)
-                for j in range(lag * lanes):
-                    window[i * lanes + j] = number(0)
-            if not packed or t < end:
-                cotangents(i, options, weights, window, dq)
-                spread(i, same, weights, dq, pending)
-                if own:
-                    add_up(i, window, dq, sums)
-                same = min(uint32(same + uint32(1)), uint32(lag))
-            if late:
-                k = uint32(t - total)
-                if k < uint32(lag) and (not packed or uint32(k + same) >= uint32(lag)):
-                    for j in range(lanes):
-                        pending[i * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
-            u = uint32(t - uint32(lag))
-            if t >= uint32(s0 + uint32(lag)) and u < s1:
-                if packed:
-                    to = shift(dx_at, position(load(entries_at, u)) * dx_step)
-                store_row(to, uint32(0), pending, i)
-            return same, shift(to, dx_step)
+        A group's inputs, and the dx that wait for more, begin in row `first` of their arrays, `lag` steps before it.
+        """
+        weights, window, dq, pending, sums = arrays
+        t, row = uint32(s + uint32(i)), first + i
+        for j in range(lanes):
+            pending[(row + lag) * lanes + j] = number(0)
+        if packed and t < end and is_fresh(load(entries_at, t)):
+            same = uint32(0)
+            for j in range(lag * lanes):
+                window[row * lanes + j] = number(0)
+        if not packed or t < end:
+            if packed and options & uint32(SILU):
+                cotangents(row, i, weights, window, dq)
+            spread(row, i, same, weights, dq, pending)
+            if own:
+                add_up(row, i, window, dq, sums)
+            same = min(uint32(same + uint32(1)), uint32(lag))
+        return same
 
-        return step
+    def steps(first, count, own, s, same, end, entries_at, options, arrays):
+        """Work on the first `count` steps of a group."""
+        weights, window, dq, _, _ = arrays
+        if not packed and options & uint32(SILU):  # one branch, in which instructions of all steps can mix
+            cotangents(first, 0, weights, window, dq)
+            if count > 1:
+                cotangents(first + 1, 1, weights, window, dq)
+            if count > 2:
+                cotangents(first + 2, 2, weights, window, dq)
+            if count > 3:
+                cotangents(first + 3, 3, weights, window, dq)
+        same = step(first, 0, own, s, same, end, entries_at, options, arrays)
+        if count > 1:
+            same = step(first, 1, own, s, same, end, entries_at, options, arrays)
+        if count > 2:
+            same = step(first, 2, own, s, same, end, entries_at, options, arrays)
+        if count > 3:
+            same = step(first, 3, own, s, same, end, entries_at, options, arrays)
+        return same
 
-    step, foreign_step = make_step(True), make_step(False)
+    def add_last(first, s, total, same, dlast_at, pending):
+        """Add the gradient of the last state to the dx of the last steps."""
+        for i in range(STEPS):
+            k = uint32(s + uint32(i) - total)
+            if k < uint32(lag) and (not packed or uint32(k + same) >= uint32(lag)):
+                for j in range(lanes):
+                    pending[(first + i) * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
+
+    def give(first, s, s0, s1, entries_at, to, dx_step, pending):
+        """Store the dx that are complete, of steps `lag` before the group's; mostly all are in the stretch."""
+        if not packed and s >= uint32(s0 + uint32(lag)) and uint32(s + uint32(STEPS)) <= uint32(s1 + uint32(lag)):
+            for i in range(STEPS):
+                store_row(shift(to, int64(i) * dx_step), uint32(0), pending, first + i)
+        else:
+            for i in range(STEPS):
+                t = uint32(s + uint32(i))
+                u = uint32(t - uint32(lag))
+                if t >= uint32(s0 + uint32(lag)) and u < s1:
+                    n = position(load(entries_at, u)) if packed else int64(i)
+                    store_row(shift(to, n * dx_step), uint32(0), pending, first + i)
+        return to if packed else shift(to, int64(STEPS) * dx_step)
+
+    def turn(g, s, same, x_to, dout_to, dx_to, limits, options, pointers, along, arrays, words_x, words_dout, places):
+        """Work on a group and ask for that which comes `ahead` groups later; return what changes from turn to turn."""
+        s0, s1, total, end = limits
+        entries_at, dlast_at, dinitial_at = pointers
+        x_step, dout_step, dx_step = along
+        _, window, dq, pending, _ = arrays
+        first, slot = g * STEPS, g % ahead
+        arrive(x_to, words_x, slot, window, lag + first)
+        arrive(dout_to, words_dout, slot, dq, 0)
+        following, later = uint32(s + uint32(STEPS)), uint32(s + uint32(ahead * STEPS))
+        x_to = fetch(x_to, x_step, later, end, places, words_x, slot)
+        dout_to = fetch(dout_to, dout_step, later, end, places, words_dout, slot)
+        find(entries_at, uint32(later + uint32(STEPS)), end, places)
+        same = steps(first, STEPS, True, s, same, end, entries_at, options, arrays)
+        if (options & uint32(DLAST)) != uint32(0) and following > total:
+            add_last(first, s, total, same, dlast_at, pending)
+        dx_to = give(first, s, s0, s1, entries_at, dx_to, dx_step, pending)
+        if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
+            for k in range(lag):
+                for j in range(lanes):
+                    store(dinitial_at, uint32(j * lag + k), pending[(first + k) * lanes + j])
+        return following, same, x_to, dout_to, dx_to
 
     def conv_rows_backward(
         dout: Data, x: Data, weight: Wide, bias: Wide, initial: Wide, dlast: Wide, entries: Long, totals: Long,
         dx: Data, dinitial: Wide, parts: Wide,
         dout_batch: Stride, dout_step: Stride, x_batch: Stride, x_step: Stride, dx_batch: Stride, dx_step: Stride,
-        dim: Size, seqlen: Size, stretch: Size, stretches: Size, lines: Size, columns: Size, column_blocks: Size,
+        dim: Size, seqlen: Size, stretch: Size, stretches: Size, lines: Size, column_bits: Size, column_blocks: Size,
         options: Size,
     ):  # fmt: skip
         """Equation: dq = dout silu'(q), dx_s = sum_k weight_k dq_(s + lag - k), dweight_k = sum_s dq_s x_(s - lag + k).
@@ -244,12 +316,13 @@ def _backward(real, data, width, packed, resident):
         dbias over its steps are added to those of `GROUP` neighbouring stretches, from the first to the last.
         Saved: nothing; q is computed again.
         """
-        cells, shared = cuda.shared.array(cells_size, real, 16), cuda.shared.array(sums_size, real, 16)
+        shared = cuda.shared.array(sums_size, real, 16)
         weights, sums = cuda.local.array(weights_size, real), cuda.local.array(weights_size, real)
         window, pending = cuda.local.array(window_size, real), cuda.local.array(window_size, real)
-        ahead_x, ahead_dout = cuda.local.array(ahead_size, WORD), cuda.local.array(ahead_size, WORD)
+        words_x, words_dout = cuda.local.array(words_size, WORD), cuda.local.array(words_size, WORD)
         dq, places = cuda.local.array(group_size, real), cuda.local.array(STEPS, PLACE)
-        first, d, line = place(dim, columns, column_blocks)
+        x_step, dout_step, dx_step = short(x_step), short(dout_step), short(dx_step)
+        d, line = place(column_bits, column_blocks)
         here = d < dim and line < lines
         d, line = select(here, d, uint32(0)), select(here, line, uint32(0))
         b = line // stretches
@@ -265,10 +338,14 @@ def _backward(real, data, width, packed, resident):
         if not packed:
             x_to, dout_to = shift(x_at, int64(s0) * x_step), shift(dout_at, int64(s0) * dout_step)
             dx_to = shift(dx_at, (int64(s0) - int64(lag)) * dx_step)
-        find(entries_at, s0, end, places)
-        x_to = fetch(x_to, x_step, s0, end, places, ahead_x)
-        dout_to = fetch(dout_to, dout_step, s0, end, places, ahead_dout)
-        find(entries_at, uint32(s0 + uint32(STEPS)), end, places)
+        s = s0
+        for g in range(ahead):
+            find(entries_at, s, end, places)
+            x_to = fetch(x_to, x_step, s, end, places, words_x, g)
+            dout_to = fetch(dout_to, dout_step, s, end, places, words_dout, g)
+            s = uint32(s + uint32(STEPS))
+        find(entries_at, s, end, places)
+        take(weight, bias, options, d, weights)
         for j in range(window_size):
             window[j] = number(0)
             pending[j] = number(0)
@@ -277,42 +354,25 @@ def _backward(real, data, width, packed, resident):
         same = uint32(0)
         if here:
             same = load_history(x_at, x_step, entries_at, shift(initial, state), options, s0, window)
-        bring(weight, bias, options, first, dim, columns, cells)
-        cuda.syncthreads()
-        if here:
-            take(cells, columns, weights)
-        pointers, arrays = (entries_at, dx_at, shift(dlast, state)), (weights, window, dq, pending, sums)
+        limits, along, arrays = (s0, s1, total, end), (x_step, dout_step, dx_step), (weights, window, dq, pending, sums)
+        fixed = limits, options, (entries_at, shift(dlast, state), shift(dinitial, state)), along, arrays
+        words = words_x, words_dout, places
         s = s0
         while s < s1:
-            arrive(x, ahead_x, window, lag)
-            arrive(dout, ahead_dout, dq, 0)
-            following = uint32(s + uint32(STEPS))
-            x_to = fetch(x_to, x_step, following, end, places, ahead_x)
-            dout_to = fetch(dout_to, dout_step, following, end, places, ahead_dout)
-            find(entries_at, uint32(following + uint32(STEPS)), end, places)
-            limits = (s0, s1, total, end, (options & uint32(DLAST)) != uint32(0) and following > total)
-            same, dx_to = step(uint32(0), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            same, dx_to = step(uint32(1), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            same, dx_to = step(uint32(2), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            same, dx_to = step(uint32(3), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
-                for k in range(lag):
-                    for j in range(lanes):
-                        store(shift(dinitial, state), uint32(j * lag + k), pending[k * lanes + j])
+            s, same, x_to, dout_to, dx_to = turn(0, s, same, x_to, dout_to, dx_to, *fixed, *words)
+            if groups > 1:
+                s, same, x_to, dout_to, dx_to = turn(1, s, same, x_to, dout_to, dx_to, *fixed, *words)
             for j in range(lag * lanes):
-                window[j] = window[STEPS * lanes + j]
-                pending[j] = pending[STEPS * lanes + j]
-            s = following
+                window[j] = window[groups * STEPS * lanes + j]
+                pending[j] = pending[groups * STEPS * lanes + j]
         if here:
-            arrive(x, ahead_x, window, lag)
-            arrive(dout, ahead_dout, dq, 0)
-            limits = (s0, s1, total, end, (options & uint32(DLAST)) != uint32(0))
-            same, dx_to = foreign_step(uint32(0), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            if lag > 1:
-                same, dx_to = foreign_step(uint32(1), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-            if lag > 2:
-                same, dx_to = foreign_step(uint32(2), s, same, limits, pointers, dx_to, dx_step, options, arrays)
-        add_stretches(sums, dq, shared, parts, d, line, dim, columns, here)
+            arrive(x, words_x, 0, window, lag)
+            arrive(dout, words_dout, 0, dq, 0)
+            same = steps(0, lag, False, s, same, end, entries_at, options, arrays)
+            if options & uint32(DLAST):
+                add_last(0, s, total, same, shift(dlast, state), pending)
+            give(0, s, s0, s1, entries_at, dx_to, dx_step, pending)
+        add_stretches(sums, dq, shared, parts, d, line, dim, column_bits, here)
 
     return conv_rows_backward
 

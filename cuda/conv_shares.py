@@ -8,16 +8,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from npmamba.cuda import conv_any
-from npmamba.cuda.conv_parts import COLUMNS, GROUP, THREADS, lanes_of, row_lanes
+from npmamba.cuda.conv_parts import COLUMNS, GROUP, RESIDENT_BACKWARD, THREADS, UNIT, lanes_of, row_lanes
 
-STRETCH, SHORTEST, LONGEST = 64, 16, 512
-"""Steps of a stretch backward where there is neither little work nor very much, and its bounds."""
-AHEAD = {2: 32, 4: 16, 8: 16}
-"""Steps of a stretch forward, by the bytes of a number: nothing is summed over time, so that short ones cost little."""
+SHORTEST, LONGEST = 16, 512
+"""Steps of a stretch, at least and at most."""
+PROCESSORS = 132
+"""Multiprocessors of the device that work is cut for (an H200); others get the same cut, so that sums have its bits."""
+BEGINNING, BEGINNING_BACKWARD = 8, 12
+"""What a stretch costs beside its steps, in steps: weights, and inputs before it and behind it."""
+AHEAD: dict[int, int | None] = {2: None, 4: 16, 8: 16}
+"""Steps of a stretch forward, by the bytes of a number; without any they are chosen as backward.
+
+Nothing is summed over time, and short stretches cost little where twice the bytes hide what they begin with.
+"""
 TURNS = 8
 """Pieces that a thread of `npmamba.cuda.conv_lines` takes in turn, at most."""
-FEW, PLENTY = 2**15, 2**18
-"""Threads of a backward pass, below which each is given half as much to do, and from which on twice as much."""
 ENOUGH = 2**16
 """Threads of `npmamba.cuda.conv_lines`, below which each is given half as much to do."""
 
@@ -36,37 +41,52 @@ class Stretches(NamedTuple):
         return -(-self.lines // GROUP)
 
 
-def stretches_ahead(x: Any) -> Stretches:
-    """Divide the time of `x` (batch, dim, seqlen) for the forward pass."""
-    steps = AHEAD[x.dtype.itemsize]
-    per_row = -(-x.shape[2] // steps)
-    return Stretches(steps, per_row, x.shape[0] * per_row)
+def stretches_ahead(x: Any, resident: int) -> Stretches:
+    """Divide the time of `x` (batch, dim, seqlen) for the forward pass, `resident` blocks to a multiprocessor."""
+    return _cut(x, AHEAD[x.dtype.itemsize] or _steps(x, PROCESSORS * resident, BEGINNING))
 
 
 def stretches(x: Any) -> Stretches:
     """Divide it for the backward pass, which sums over it: the same way for every memory order."""
-    (batch, dim, seqlen), steps = x.shape, STRETCH
-    across = batch * -(-dim // row_lanes(x.dtype))
-    while across * -(-seqlen // steps) < FEW and steps > SHORTEST:
-        steps //= 2
-    while across * -(-seqlen // steps) >= PLENTY and steps < LONGEST:
-        steps *= 2
-    per_row = -(-seqlen // steps)
-    return Stretches(steps, per_row, batch * per_row)
+    return _cut(x, _steps(x, PROCESSORS * RESIDENT_BACKWARD[x.dtype.itemsize], BEGINNING_BACKWARD))
+
+
+def _cut(x: Any, steps: int) -> Stretches:
+    per_row = -(-x.shape[2] // steps)
+    return Stretches(steps, per_row, x.shape[0] * per_row)
+
+
+def _steps(x: Any, room: int, beginning: int) -> int:
+    """Return the steps of a stretch with which all blocks are soonest done, where `room` of them run at a time.
+
+    Blocks run in rounds, and a last round of few blocks takes as long as a full one. Of lengths that are as good the
+    longest is taken, for it reads the least twice.
+    """
+    (batch, _, seqlen), (columns, blocks) = x.shape, _columns(x)
+
+    def time(steps: int) -> int:
+        rounds = -(-blocks * -(-batch * -(-seqlen // steps) // (THREADS // columns)) // room)
+        return rounds * (steps + beginning)
+
+    return min(range(LONGEST, SHORTEST - 1, -UNIT), key=time)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_share(x: Any, cut: Stretches) -> tuple[tuple[int], tuple[int, ...]]:
-    """Return the grid and the sizes for `npmamba.cuda.conv_rows`."""
-    _, dim, seqlen = x.shape
-    pieces = -(-dim // row_lanes(x.dtype))
+def _columns(x: Any) -> tuple[int, int]:
+    """Return how many threads of a block of `npmamba.cuda.conv_rows` lie along the channels, and how many blocks."""
+    pieces = -(-x.shape[1] // row_lanes(x.dtype))
     columns = min(COLUMNS, _power_of_two(pieces))
-    blocks = -(-pieces // columns)
+    return columns, -(-pieces // columns)
+
+
+def row_share(x: Any, cut: Stretches) -> tuple[tuple[int], tuple[int, ...]]:
+    """Return the grid and the sizes for `npmamba.cuda.conv_rows`; the threads along the channels come as a shift."""
+    columns, blocks = _columns(x)
     grid = (blocks * -(-cut.lines // (THREADS // columns)),)
-    return grid, (dim, seqlen, *cut, columns, blocks)
+    return grid, (*x.shape[1:], *cut, columns.bit_length() - 1, blocks)
 
 
 def line_share(x: Any) -> tuple[tuple[int], tuple[int, ...]]:

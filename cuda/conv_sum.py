@@ -10,7 +10,7 @@ from npmamba.cuda.launch import Kernel
 uint32, int64 = np.uint32, np.int64
 COLUMNS, ROWS = 32, 16
 THREADS = COLUMNS * ROWS
-AHEAD = 4
+AHEAD = 16
 """Parts that a thread loads before it adds the first."""
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from npmamba.cpu import causal_conv1d as cpu
 from npmamba.cuda import arrays, conv_any, conv_lines, conv_rows, conv_shares
 from npmamba.cuda import causal_conv1d as twin
-from npmamba.cuda.conv_parts import row_lanes
+from npmamba.cuda.conv_parts import RESIDENT_BACKWARD, UNIT, row_lanes
 from npmamba.reference import causal_conv1d as reference
 
 ON = {"bias": True, "activation": "silu", "initial_state": True}
@@ -164,29 +164,41 @@ def test_steps_of_padding_give_zero_and_have_gradient_zero(device_backend):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(1, 2, 5), (1, 768, 2048), (8, 1536, 2048), (64, 4096, 4096), (512, 8192, 65536)])
-def test_a_backward_pass_has_neither_few_threads_nor_very_many(shape, dtype):
-    x = np.broadcast_to(np.zeros((), dtype), shape)
+def test_of_all_stretches_those_are_taken_with_which_the_rounds_of_blocks_are_shortest(shape, dtype, monkeypatch):
+    x, resident = np.broadcast_to(np.zeros((), dtype), shape), RESIDENT_BACKWARD[np.dtype(dtype).itemsize]
+
+    def time(cut):
+        rounds = -(-conv_shares.row_share(x, cut)[0][0] // (conv_shares.PROCESSORS * resident))
+        return rounds * (cut.steps + conv_shares.BEGINNING_BACKWARD)
+
     cut = conv_shares.stretches(x)
-    threads = shape[0] * -(-shape[1] // row_lanes(x.dtype)) * cut.per_row
     assert (cut.per_row - 1) * cut.steps < shape[2] <= cut.per_row * cut.steps
     assert cut.lines == shape[0] * cut.per_row
     assert conv_shares.SHORTEST <= cut.steps <= conv_shares.LONGEST
-    assert threads >= conv_shares.FEW or cut.steps == conv_shares.SHORTEST
-    assert threads < conv_shares.PLENTY or cut.steps == conv_shares.LONGEST
+    assert cut.steps % UNIT == 0
+    for steps in range(conv_shares.SHORTEST, conv_shares.LONGEST + 1, UNIT):
+        monkeypatch.setattr(conv_shares, "SHORTEST", steps)
+        monkeypatch.setattr(conv_shares, "LONGEST", steps)
+        other = conv_shares.stretches(x)
+        assert other.steps == steps
+        assert (time(cut), -cut.steps) <= (time(other), -steps)
 
 
+@pytest.mark.parametrize(("dtype", "short", "long"), [(np.float64, 3e-15, 3e-15), (np.float16, 1e-3, 3e-6)])
 @pytest.mark.parametrize("seq_idx", [None, "padded"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_stretches_of_time_are_joined(device_backend, monkeypatch, seq_idx, reverse):
+def test_stretches_of_time_are_joined(device_backend, monkeypatch, seq_idx, reverse, dtype, short, long):
     """More of them than a block has, of two batch rows, the last one short."""
-    monkeypatch.setattr(conv_shares, "SHORTEST", 4)
-    monkeypatch.setattr(conv_shares, "AHEAD", dict.fromkeys(conv_shares.AHEAD, 4))
-    seqlen = 4 * (conv_rows.THREADS // 2) - 3
-    case, dout, dlast = drawn(3, 2, 4, seqlen, 4, **ON, seq_idx=seq_idx, reverse=reverse)
-    assert conv_shares.stretches(case["x"]).lines == conv_rows.THREADS
+    monkeypatch.setattr(conv_shares, "SHORTEST", UNIT)
+    monkeypatch.setattr(conv_shares, "LONGEST", UNIT)
+    monkeypatch.setattr(conv_shares, "AHEAD", dict.fromkeys(conv_shares.AHEAD, UNIT))
+    pieces, per_row = 8 // row_lanes(dtype), 33
+    case, dout, dlast = drawn(3, 2, 8, UNIT * per_row - 3, 4, dtype, **ON, seq_idx=seq_idx, reverse=reverse)
+    assert conv_shares.stretches(case["x"]).lines == 2 * per_row > conv_rows.THREADS // pieces
     expected = by_reference(case, dout, dlast)
     case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
-    check(both(device_backend, case, dout, dlast), expected)
+    tolerances = [short, long, short, long, long, long]
+    check(both(device_backend, case, dout, dlast), expected, tolerances, terms=dout.astype(np.float64))
 
 
 def test_tiles_of_a_row_are_joined(device_backend):
@@ -266,6 +278,27 @@ def test_half_of_a_wider_array_is_read_where_it_lies(device_backend):
         y, _, saved = twin.forward(x, device_backend.array(case["weight"]), None, None, **options)
         assert saved.prepared[0] is x or saved.prepared[0].base is x.base
     assert y.strides[1] == y.itemsize
+
+
+def test_weights_may_begin_at_any_number_of_an_array(device_backend):
+    """As a model's do whose parameters lie in one array; where a thread reads them by 16 bytes, they are copied."""
+    case, dout, dlast = drawn(19, 1, 8, 9, 3, np.float32, **ON)
+    case, dout = {**case, "x": side_by_side(case["x"])}, side_by_side(dout)
+
+    def run(weight, bias, x, initial_state, dout, dlast, **options):
+        apart = [arrays.empty(x, (p.size + 1,), p.dtype)[1:].reshape(p.shape) for p in (weight, bias)]
+        apart[0][...], apart[1][...] = weight, bias
+        y, last, saved = twin.forward(x, *apart, initial_state, **options, save=True)
+        return y, last, *twin.backward(dout, dlast, saved)
+
+    found = device_backend.call(run, **case, dout=dout, dlast=dlast)
+    assert all(same_bits(a, b) for a, b in zip(found, both(device_backend, case, dout, dlast), strict=True))
+
+
+def test_rows_too_far_apart_for_32_bits_are_served_by_other_kernels():
+    for step, kernels in ((2**31 - 4, conv_rows), (2**31, conv_any), (-(2**31), conv_any)):
+        x = np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (1, 8, 2), (4 * step, 4, 4 * step))
+        assert twin._family(4, False, x, x) is kernels
 
 
 @pytest.mark.parametrize("layout", layouts(np.zeros(1)))
