@@ -42,7 +42,7 @@ from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
-GROUPS, GROUPS_BACKWARD = {2: (2, 2), 4: (1, 1), 8: (1, 1)}, {2: (2, 1), 4: (1, 1), 8: (1, 1)}
+GROUPS, GROUPS_BACKWARD = {2: (2, 2), 4: (1, 1), 8: (1, 1)}, {2: (1, 1), 4: (1, 1), 8: (1, 1)}
 """By the bytes of a number: groups of `STEPS` that a loop goes through, and how many of them are on their way.
 
 Of two by turns each stays in its own registers, where the next of one is moved to those of the last.

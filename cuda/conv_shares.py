@@ -21,6 +21,8 @@ AHEAD: dict[int, int | None] = {2: None, 4: 16, 8: 16}
 
 Nothing is summed over time, and short stretches cost little where twice the bytes hide what they begin with.
 """
+LONGEST_AHEAD = 48
+"""Steps of a stretch forward, at most: many short ones even out what blocks of a long one wait for."""
 TURNS = 8
 """Pieces that a thread of `npmamba.cuda.conv_lines` takes in turn, at most."""
 ENOUGH = 2**16
@@ -43,12 +45,12 @@ class Stretches(NamedTuple):
 
 def stretches_ahead(x: Any, resident: int) -> Stretches:
     """Divide the time of `x` (batch, dim, seqlen) for the forward pass, `resident` blocks to a multiprocessor."""
-    return _cut(x, AHEAD[x.dtype.itemsize] or _steps(x, PROCESSORS * resident, BEGINNING))
+    return _cut(x, AHEAD[x.dtype.itemsize] or _steps(x, PROCESSORS * resident, BEGINNING, LONGEST_AHEAD))
 
 
 def stretches(x: Any) -> Stretches:
     """Divide it for the backward pass, which sums over it: the same way for every memory order."""
-    return _cut(x, _steps(x, PROCESSORS * RESIDENT_BACKWARD[x.dtype.itemsize], BEGINNING_BACKWARD))
+    return _cut(x, _steps(x, PROCESSORS * RESIDENT_BACKWARD[x.dtype.itemsize], BEGINNING_BACKWARD, LONGEST))
 
 
 def _cut(x: Any, steps: int) -> Stretches:
@@ -56,7 +58,7 @@ def _cut(x: Any, steps: int) -> Stretches:
     return Stretches(steps, per_row, x.shape[0] * per_row)
 
 
-def _steps(x: Any, room: int, beginning: int) -> int:
+def _steps(x: Any, room: int, beginning: int, longest: int) -> int:
     """Return the steps of a stretch with which all blocks are soonest done, where `room` of them run at a time.
 
     Blocks run in rounds, and a last round of few blocks takes as long as a full one. Of lengths that are as good the
@@ -68,7 +70,7 @@ def _steps(x: Any, room: int, beginning: int) -> int:
         rounds = -(-blocks * -(-batch * -(-seqlen // steps) // (THREADS // columns)) // room)
         return rounds * (steps + beginning)
 
-    return min(range(LONGEST, SHORTEST - 1, -UNIT), key=time)
+    return min(range(longest, SHORTEST - 1, -UNIT), key=time)
 
 
 def _power_of_two(n: int) -> int:
