@@ -348,6 +348,10 @@ def _scan(
     return scan
 
 
+AHEAD = 16
+"""Segments whose ends are asked for at once: a thread would wait for memory at each."""
+
+
 def _carry(real, padded):
     def carry(
         A: Wide, initial: Wide, states: Wide, sums: Wide, entering: Wide, dstate: Size, dim: Size, segments: Size,
@@ -357,6 +361,8 @@ def _carry(real, padded):
         Threads: one per (batch row, channel, state), segments one after the other.
         Owns: entering of its state.
         """
+        elapsed = cuda.local.array(AHEAD, real)
+        left = cuda.local.array(AHEAD, real)
         i = int64(cuda.blockIdx.x) * int64(THREADS) + int64(cuda.threadIdx.x)
         if i < total:
             n, row = i % int64(padded), i // int64(padded)
@@ -370,14 +376,19 @@ def _carry(real, padded):
             s = uint32(0)
             at = b * int64(segments) * int64(dim) + d
             while s < segments:
-                store(entering, at * int64(padded) + n, h)
-                s = uint32(s + uint32(1))
-                if s < segments:
-                    elapsed = load(sums, at)
-                    x = elapsed * rate
-                    factor = decay_factor(select(elapsed == cast(np.inf, elapsed), zero, exp2(x)), x)
-                    h = state_step(factor, x, h, load(states, at * int64(padded) + n))
-                at += int64(dim)
+                for k in range(AHEAD):
+                    elapsed[k], left[k] = zero, zero
+                    if uint32(s + uint32(k + 1)) < segments:
+                        there = at + int64(k) * int64(dim)
+                        elapsed[k], left[k] = load(sums, there), load(states, there * int64(padded) + n)
+                for k in range(AHEAD):
+                    if uint32(s + uint32(k)) < segments:
+                        store(entering, (at + int64(k) * int64(dim)) * int64(padded) + n, h)
+                    x = elapsed[k] * rate
+                    factor = decay_factor(select(elapsed[k] == cast(np.inf, zero), zero, exp2(x)), x)
+                    h = state_step(factor, x, h, left[k])
+                s = uint32(s + uint32(AHEAD))
+                at += int64(AHEAD) * int64(dim)
 
     decay_rate = make_decay_rate(real)
     return carry
