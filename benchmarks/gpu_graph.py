@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from gpu_timing import cupy
 
 CACHE = 60e6
@@ -35,6 +37,23 @@ def kernel_milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 15, le
         times = [_elapsed(lambda: [graph.launch(stream) for _ in range(repeats)], stream) for _ in range(rounds)]
         del kept
     return statistics.median(times) / repeats / len(calls)
+
+
+@functools.cache
+def copy_milliseconds(moved: int) -> float:
+    """Return the least time in which a copy reads and writes `moved` bytes in all, measured as kernels are.
+
+    A small copy is slower for each byte than a large one: the device must start it, and wait for the first bytes. It is
+    CUDA's own or one of 16 bytes a thread, whichever is quicker.
+    """
+    count = max(1, int(moved) // 32)
+    pairs = [tuple(cupy.zeros(count, np.complex128) for _ in range(2)) for _ in range(buffers(moved))]
+    by_threads = cupy.ElementwiseKernel("T x", "T y", "y = x", "copied")
+    ways = (
+        lambda x, y: y.data.copy_from_device_async(x.data, x.nbytes),
+        lambda x, y: by_threads(x, y),
+    )
+    return min(kernel_milliseconds([functools.partial(way, *pair) for pair in pairs]) for way in ways)
 
 
 def _elapsed(call: Callable[[], Any], stream: Any) -> float:
