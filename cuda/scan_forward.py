@@ -1,8 +1,8 @@
 """The forward kernels of the CUDA selective scan.
 
 `FORWARD` walks through time once. Where the channels are too few to fill the device, time is cut into segments that run
-side by side: `ENDS` finds what each adds to the state, `CARRY` hands the states on from segment to segment, and
-`FORWARD` starts every segment from its own.
+side by side: with `ends` it finds what each adds to the state, `scan_carry.CARRY` hands the states on from segment to
+segment, and `FORWARD` starts every segment from its own.
 """
 
 from __future__ import annotations
@@ -348,52 +348,6 @@ def _scan(
     return scan
 
 
-AHEAD = 16
-"""Segments whose ends are asked for at once: a thread would wait for memory at each."""
-
-
-def _carry(real, padded):
-    def carry(
-        A: Wide, initial: Wide, states: Wide, sums: Wide, entering: Wide, dstate: Size, dim: Size, segments: Size,
-        total: Stride, given: Size,
-    ):  # fmt: skip
-        """Equation: entering_{s+1} = exp(A sum of delta in s) entering_s + state that s leaves from zero.
-        Threads: one per (batch row, channel, state), segments one after the other.
-        Owns: entering of its state.
-        """
-        elapsed = cuda.local.array(AHEAD, real)
-        left = cuda.local.array(AHEAD, real)
-        i = int64(cuda.blockIdx.x) * int64(THREADS) + int64(cuda.threadIdx.x)
-        if i < total:
-            n, row = i % int64(padded), i // int64(padded)
-            d, b = row % int64(dim), row // int64(dim)
-            zero = cast(0, load(A, 0))
-            rate, h = zero, zero
-            if n < int64(dstate):
-                rate = decay_rate(load(A, d * int64(dstate) + n))
-                if given:
-                    h = load(initial, row * int64(dstate) + n)
-            s = uint32(0)
-            at = b * int64(segments) * int64(dim) + d
-            while s < segments:
-                for k in range(AHEAD):
-                    elapsed[k], left[k] = zero, zero
-                    if uint32(s + uint32(k + 1)) < segments:
-                        there = at + int64(k) * int64(dim)
-                        elapsed[k], left[k] = load(sums, there), load(states, there * int64(padded) + n)
-                for k in range(AHEAD):
-                    if uint32(s + uint32(k)) < segments:
-                        store(entering, (at + int64(k) * int64(dim)) * int64(padded) + n, h)
-                    x = elapsed[k] * rate
-                    factor = decay_factor(select(elapsed[k] == cast(np.inf, zero), zero, exp2(x)), x)
-                    h = state_step(factor, x, h, left[k])
-                s = uint32(s + uint32(AHEAD))
-                at += int64(AHEAD) * int64(dim)
-
-    decay_rate = make_decay_rate(real)
-    return carry
-
-
 def forward_resident(dtype: np.dtype, shape: Shape) -> int:
     """Return how many blocks of FORWARD are to share a multiprocessor: four leave a thread 128 registers."""
     return 1 if dtype == np.float64 or shape.lanes > 4 else 4
@@ -423,4 +377,3 @@ def _shipped(dtype: np.dtype) -> list[dict[str, Any]]:
 
 
 FORWARD = Kernel(_scan, THREADS, blocks=resident_of, shipped=_shipped, others=True)
-CARRY = Kernel(_carry, THREADS, shipped={"padded": (4, 16, 256)}, dtypes=("float32", "float64"), others=True)

@@ -1,7 +1,8 @@
 """CUDA twin of `npmamba.ops.selective_scan`: which kernels run, on what, in what order.
 
-The kernels stand in `scan_forward` and `scan_backward`, how they divide the work in `scan_tile`. Here the caller's
-arrays become pointers and strides; nothing is copied whose memory the kernels can walk.
+The kernels stand in `scan_forward` and `scan_backward`, those between and after them in `scan_carry` and `scan_sums`,
+how they divide the work in `scan_tile`. Here the caller's arrays become pointers and strides; nothing is copied whose
+memory the kernels can walk.
 
 Time is cut into segments where batch rows and channels are too few to fill the device. Where the cuts are depends on
 the sizes of a call and on the device alone: the same call gives the same bits, another batch size may round otherwise.
@@ -18,8 +19,10 @@ from npmamba.cuda.arrays import empty, library, multiprocessors, strides, zeros
 from npmamba.cuda.launch import wide_dtype
 from npmamba.cuda.layout import native, side_by_side
 from npmamba.cuda.replay import replayed
-from npmamba.cuda.scan_backward import BACKWARD, COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
-from npmamba.cuda.scan_forward import CARRY, FORWARD, forward_resident
+from npmamba.cuda.scan_backward import BACKWARD
+from npmamba.cuda.scan_carry import CARRY
+from npmamba.cuda.scan_forward import FORWARD, forward_resident
+from npmamba.cuda.scan_sums import COLUMNS, MAP_THREADS, SUM_MAPS, SUM_PARTS
 from npmamba.cuda.scan_tile import BIAS, ENTERING, SKIP, SOFTPLUS, THREADS, Shape, division
 from npmamba.cuda.schedule import step_flags
 
