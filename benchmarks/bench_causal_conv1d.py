@@ -170,7 +170,7 @@ def on_gpu(asked: argparse.Namespace) -> None:
                     peers = {} if memory == "packed" else _gpu_peers(gpu_graph, cases, name)
                     told = {"shape": SHAPES[number], "dtype": dtype, "memory": memory, "operation": name}
                     times = {"ms": ms, "limit_ms": limit, "copy_ms": copy, "host_ms": host, "peers_ms": peers}
-                    report.add(**told, **times, share=limit / ms, share_of_equal_copy=copy / ms)
+                    report.add(**told, **times, share=limit / ms)
                     others = [f"{peer} {time / ms:.1f}x" for peer, time in peers.items()]
                     what = f"{SHAPES[number]} {dtype} {memory}, {name}"
                     shares = f"{100 * limit / ms:.0f} %", f"{100 * copy / ms:.0f} %"

@@ -99,19 +99,19 @@ class Table:
         """Time an operation that must move `moved` bytes: one call for each set of buffers."""
         ms, host, others = (self._on_gpu if self.asked.gpu else self._on_cpu)(calls, peers)
         limit = 1e3 * moved / self.bandwidth
-        copy = self._copy(moved) if self.asked.gpu else limit
+        copy = self._copy(moved) if self.asked.gpu else None
         told = ", ".join(f"{name} {time / ms:.1f}x" for name, time in others.items())
         self.rows.append(
             (
                 what, f"{moved / 1e6:.1f}", f"{ms:.4f}", f"{limit:.4f}", f"{100 * limit / ms:.0f} %",
-                f"{100 * copy / ms:.0f} %", f"{host:.3f}", told,
+                f"{100 * copy / ms:.0f} %" if copy else "", f"{host:.3f}", told,
             )
         )  # fmt: skip
         self.report.add(
-            operation=what, bytes=moved, ms=ms, limit_ms=limit, share=limit / ms, copy_ms=copy,
-            share_of_equal_copy=copy / ms, host_ms=host, peers_ms=others,
+            operation=what, bytes=moved, ms=ms, limit_ms=limit, share=limit / ms, copy_ms=copy, host_ms=host,
+            peers_ms=others,
         )  # fmt: skip
-        if goal and self.asked.gpu:
+        if goal and copy:
             self.goals.append((f"{what}: share of the bandwidth of a copy of as many bytes", copy / ms))
 
     def _copy(self, moved: float) -> float:

@@ -86,15 +86,17 @@ def forward(
     """Return y, the last state, and what `backward` needs (None unless `save`). Arguments have been checked."""
     arguments, real = (x, weight, bias, initial_state), compute_dtype(x.dtype)
     x = native(x, x.dtype.newbyteorder("="))
-    prepared = (x, *(_side_by_side_parameter(p, real) for p in (weight, bias)), _parameter(initial_state, real))
+    y, last = _like(x), empty(x, (*x.shape[:2], weight.shape[1] - 1), real)
     packed, silu_on = seq_idx is not None, activation == "silu"
+    family = _family(weight.shape[1], packed, x, y)
+    as_read = _side_by_side_parameter if family is conv_rows else _parameter
+    prepared = (x, as_read(weight, real), as_read(bias, real), _parameter(initial_state, real))
     steps = walk(seq_idx, reverse) if packed else (None, None)
     saved = Saved(arguments, prepared, steps, reverse, silu_on) if save else None
     if not x.size:
-        return _like(x), _unchanged(prepared[3], x, weight.shape[1] - 1), saved
-    y, last = _like(x), empty(x, (*x.shape[:2], weight.shape[1] - 1), real)
+        return y, _unchanged(prepared[3], x, weight.shape[1] - 1), saved
     options = _options(silu_on, packed, prepared[2], prepared[3])
-    _launch_forward(x, y, last, prepared[1:], steps, reverse, options)
+    _launch_forward(family, x, y, last, prepared[1:], steps, reverse, options)
     return y, last, saved
 
 
@@ -103,9 +105,10 @@ def _unchanged(state: Any, x: Any, lag: int) -> Any:
     return zeros(x, (*x.shape[:2], lag), compute_dtype(x.dtype)) if state is None else state.copy()
 
 
-def _launch_forward(x: Any, y: Any, last: Any, parameters: Any, steps: Any, reverse: bool, options: int) -> None:
+def _launch_forward(
+    family: Any, x: Any, y: Any, last: Any, parameters: Any, steps: Any, reverse: bool, options: int
+) -> None:
     packed, width = steps[0] is not None, parameters[0].shape[1]
-    family = _family(width, packed, x, y)
     if family is conv_lines:
         grid, sizes = line_share(x)
         along = strides(x)[:2] + strides(y)[:2]

@@ -42,8 +42,8 @@ from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
-GROUPS, GROUPS_BACKWARD = {2: (2, 2), 4: (1, 1), 8: (1, 1)}, {2: (1, 1), 4: (1, 1), 8: (1, 1)}
-"""By the bytes of a number: groups of `STEPS` that a loop goes through, and how many of them are on their way.
+GROUPS = {2: (2, 2), 4: (1, 1), 8: (1, 1)}
+"""Forward, by the bytes of a number: groups of `STEPS` that a loop goes through, and how many of them are on their way.
 
 Of two by turns each stays in its own registers, where the next of one is moved to those of the last.
 """
@@ -166,9 +166,7 @@ def forward_constants(dtype, width, packed):
 
 def backward_constants(dtype, width, packed):
     """Return those of the backward kernel."""
-    groups, ahead = (1, 1) if packed else GROUPS_BACKWARD[dtype.itemsize]
-    resident = RESIDENT_BACKWARD[dtype.itemsize]
-    return {"width": width, "packed": packed, "resident": resident, "groups": groups, "ahead": ahead}
+    return {"width": width, "packed": packed, "resident": RESIDENT_BACKWARD[dtype.itemsize]}
 
 
 def _shipped(constants):
@@ -178,129 +176,103 @@ def _shipped(constants):
 FORWARD = Kernel(_forward, threads=THREADS, blocks=_blocks, shipped=_shipped(forward_constants))
 
 
-def _backward(real, data, width, packed, resident, groups, ahead):
+def _backward(real, data, width, packed, resident):
     lanes, lag, number = row_lanes(data), width - 1, real.type
-    weights_size, window_size = (width + 1) * lanes, (lag + groups * STEPS) * lanes
-    group_size, words_size, sums_size = STEPS * lanes, ahead * STEPS * row_words(data), THREADS * lanes
+    weights_size, window_size = (width + 1) * lanes, (lag + STEPS) * lanes
+    group_size, words_size, sums_size = STEPS * lanes, STEPS * row_words(data), THREADS * lanes
     place, take, (_, store_row) = make_place(lanes), make_take(real, width, lanes), make_row_access(lanes)
     load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
     add_stretches, (_, silu_derivative) = make_add_stretches(width, lanes), activation_of(data)
 
-    def spread(row, i, same, weights, dq, pending):
+    def spread(i, same, weights, dq, pending):
         """Add what dq of a step gives to the dx of its own sequence's last `lag` steps and to its own."""
         if not packed or same >= uint32(lag):
             for k in range(width):
                 for j in range(lanes):
-                    at = (row + k) * lanes + j
+                    at = (i + k) * lanes + j
                     pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
         else:
             for k in range(width):
                 if uint32(uint32(k) + same) >= uint32(lag):
                     for j in range(lanes):
-                        at = (row + k) * lanes + j
+                        at = (i + k) * lanes + j
                         pending[at] = fma(weights[k * lanes + j], dq[i * lanes + j], pending[at])
 
-    def cotangents(row, i, weights, window, dq):
+    def cotangents(i, weights, window, dq):
         """Turn dout of a step into dq, where the activation is on."""
         for j in range(lanes):
             q = weights[width * lanes + j]
             for k in range(width):
-                q = fma(weights[k * lanes + j], window[(row + k) * lanes + j], q)
+                q = fma(weights[k * lanes + j], window[(i + k) * lanes + j], q)
             dq[i * lanes + j] *= silu_derivative(q)
 
-    def add_up(row, i, window, dq, sums):
+    def add_up(i, window, dq, sums):
         for j in range(lanes):
             at = i * lanes + j
             for k in range(width):
-                sums[k * lanes + j] = fma(dq[at], window[(row + k) * lanes + j], sums[k * lanes + j])
+                sums[k * lanes + j] = fma(dq[at], window[(i + k) * lanes + j], sums[k * lanes + j])
             sums[width * lanes + j] += dq[at]
 
-    def step(first, i, own, s, same, end, entries_at, options, arrays):
-        """Work on the i-th step of a group; one that is not `own` counts in the next stretch's sums.
-
-        A group's inputs, and the dx that wait for more, begin in row `first` of their arrays, `lag` steps before it.
-        """
+    def step(i, own, s, same, end, entries_at, options, arrays):
+        """Work on the i-th step of a group; one that is not `own` counts in the next stretch's sums."""
         weights, window, dq, pending, sums = arrays
-        t, row = uint32(s + uint32(i)), first + i
+        t = uint32(s + uint32(i))
         for j in range(lanes):
-            pending[(row + lag) * lanes + j] = number(0)
+            pending[(i + lag) * lanes + j] = number(0)
         if packed and t < end and is_fresh(load(entries_at, t)):
             same = uint32(0)
             for j in range(lag * lanes):
-                window[row * lanes + j] = number(0)
+                window[i * lanes + j] = number(0)
         if not packed or t < end:
             if packed and options & uint32(SILU):
-                cotangents(row, i, weights, window, dq)
-            spread(row, i, same, weights, dq, pending)
+                cotangents(i, weights, window, dq)
+            spread(i, same, weights, dq, pending)
             if own:
-                add_up(row, i, window, dq, sums)
+                add_up(i, window, dq, sums)
             same = min(uint32(same + uint32(1)), uint32(lag))
         return same
 
-    def steps(first, count, own, s, same, end, entries_at, options, arrays):
+    def steps(count, own, s, same, end, entries_at, options, arrays):
         """Work on the first `count` steps of a group."""
         weights, window, dq, _, _ = arrays
         if not packed and options & uint32(SILU):  # one branch, in which instructions of all steps can mix
-            cotangents(first, 0, weights, window, dq)
+            cotangents(0, weights, window, dq)
             if count > 1:
-                cotangents(first + 1, 1, weights, window, dq)
+                cotangents(1, weights, window, dq)
             if count > 2:
-                cotangents(first + 2, 2, weights, window, dq)
+                cotangents(2, weights, window, dq)
             if count > 3:
-                cotangents(first + 3, 3, weights, window, dq)
-        same = step(first, 0, own, s, same, end, entries_at, options, arrays)
+                cotangents(3, weights, window, dq)
+        same = step(0, own, s, same, end, entries_at, options, arrays)
         if count > 1:
-            same = step(first, 1, own, s, same, end, entries_at, options, arrays)
+            same = step(1, own, s, same, end, entries_at, options, arrays)
         if count > 2:
-            same = step(first, 2, own, s, same, end, entries_at, options, arrays)
+            same = step(2, own, s, same, end, entries_at, options, arrays)
         if count > 3:
-            same = step(first, 3, own, s, same, end, entries_at, options, arrays)
+            same = step(3, own, s, same, end, entries_at, options, arrays)
         return same
 
-    def add_last(first, s, total, same, dlast_at, pending):
+    def add_last(s, total, same, dlast_at, pending):
         """Add the gradient of the last state to the dx of the last steps."""
         for i in range(STEPS):
             k = uint32(s + uint32(i) - total)
             if k < uint32(lag) and (not packed or uint32(k + same) >= uint32(lag)):
                 for j in range(lanes):
-                    pending[(first + i) * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
+                    pending[i * lanes + j] += load(dlast_at, uint32(uint32(j * lag) + k))
 
-    def give(first, s, s0, s1, entries_at, to, dx_step, pending):
+    def give(s, s0, s1, entries_at, to, dx_step, pending):
         """Store the dx that are complete, of steps `lag` before the group's; mostly all are in the stretch."""
         if not packed and s >= uint32(s0 + uint32(lag)) and uint32(s + uint32(STEPS)) <= uint32(s1 + uint32(lag)):
             for i in range(STEPS):
-                store_row(shift(to, int64(i) * dx_step), uint32(0), pending, first + i)
+                store_row(shift(to, int64(i) * dx_step), uint32(0), pending, i)
         else:
             for i in range(STEPS):
                 t = uint32(s + uint32(i))
                 u = uint32(t - uint32(lag))
                 if t >= uint32(s0 + uint32(lag)) and u < s1:
                     n = position(load(entries_at, u)) if packed else int64(i)
-                    store_row(shift(to, n * dx_step), uint32(0), pending, first + i)
+                    store_row(shift(to, n * dx_step), uint32(0), pending, i)
         return to if packed else shift(to, int64(STEPS) * dx_step)
-
-    def turn(g, s, same, x_to, dout_to, dx_to, limits, options, pointers, along, arrays, words_x, words_dout, places):
-        """Work on a group and ask for that which comes `ahead` groups later; return what changes from turn to turn."""
-        s0, s1, total, end = limits
-        entries_at, dlast_at, dinitial_at = pointers
-        x_step, dout_step, dx_step = along
-        _, window, dq, pending, _ = arrays
-        first, slot = g * STEPS, g % ahead
-        arrive(x_to, words_x, slot, window, lag + first)
-        arrive(dout_to, words_dout, slot, dq, 0)
-        following, later = uint32(s + uint32(STEPS)), uint32(s + uint32(ahead * STEPS))
-        x_to = fetch(x_to, x_step, later, end, places, words_x, slot)
-        dout_to = fetch(dout_to, dout_step, later, end, places, words_dout, slot)
-        find(entries_at, uint32(later + uint32(STEPS)), end, places)
-        same = steps(first, STEPS, True, s, same, end, entries_at, options, arrays)
-        if (options & uint32(DLAST)) != uint32(0) and following > total:
-            add_last(first, s, total, same, dlast_at, pending)
-        dx_to = give(first, s, s0, s1, entries_at, dx_to, dx_step, pending)
-        if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
-            for k in range(lag):
-                for j in range(lanes):
-                    store(dinitial_at, uint32(j * lag + k), pending[(first + k) * lanes + j])
-        return following, same, x_to, dout_to, dx_to
 
     def conv_rows_backward(
         dout: Data, x: Data, weight: Wide, bias: Wide, initial: Wide, dlast: Wide, entries: Long, totals: Long,
@@ -338,13 +310,10 @@ def _backward(real, data, width, packed, resident, groups, ahead):
         if not packed:
             x_to, dout_to = shift(x_at, int64(s0) * x_step), shift(dout_at, int64(s0) * dout_step)
             dx_to = shift(dx_at, (int64(s0) - int64(lag)) * dx_step)
-        s = s0
-        for g in range(ahead):
-            find(entries_at, s, end, places)
-            x_to = fetch(x_to, x_step, s, end, places, words_x, g)
-            dout_to = fetch(dout_to, dout_step, s, end, places, words_dout, g)
-            s = uint32(s + uint32(STEPS))
-        find(entries_at, s, end, places)
+        find(entries_at, s0, end, places)
+        x_to = fetch(x_to, x_step, s0, end, places, words_x, 0)
+        dout_to = fetch(dout_to, dout_step, s0, end, places, words_dout, 0)
+        find(entries_at, uint32(s0 + uint32(STEPS)), end, places)
         take(weight, bias, options, d, weights)
         for j in range(window_size):
             window[j] = number(0)
@@ -354,24 +323,35 @@ def _backward(real, data, width, packed, resident, groups, ahead):
         same = uint32(0)
         if here:
             same = load_history(x_at, x_step, entries_at, shift(initial, state), options, s0, window)
-        limits, along, arrays = (s0, s1, total, end), (x_step, dout_step, dx_step), (weights, window, dq, pending, sums)
-        fixed = limits, options, (entries_at, shift(dlast, state), shift(dinitial, state)), along, arrays
-        words = words_x, words_dout, places
+        dlast_at, dinitial_at = shift(dlast, state), shift(dinitial, state)
+        arrays = weights, window, dq, pending, sums
         s = s0
         while s < s1:
-            s, same, x_to, dout_to, dx_to = turn(0, s, same, x_to, dout_to, dx_to, *fixed, *words)
-            if groups > 1:
-                s, same, x_to, dout_to, dx_to = turn(1, s, same, x_to, dout_to, dx_to, *fixed, *words)
+            arrive(x_to, words_x, 0, window, lag)
+            arrive(dout_to, words_dout, 0, dq, 0)
+            following = uint32(s + uint32(STEPS))
+            x_to = fetch(x_to, x_step, following, end, places, words_x, 0)
+            dout_to = fetch(dout_to, dout_step, following, end, places, words_dout, 0)
+            find(entries_at, uint32(following + uint32(STEPS)), end, places)
+            same = steps(STEPS, True, s, same, end, entries_at, options, arrays)
+            if (options & uint32(DLAST)) != uint32(0) and following > total:
+                add_last(s, total, same, dlast_at, pending)
+            dx_to = give(s, s0, s1, entries_at, dx_to, dx_step, pending)
+            if options & uint32(DINITIAL) and s == uint32(0):  # the first `lag` pending ones lie before step 0
+                for k in range(lag):
+                    for j in range(lanes):
+                        store(dinitial_at, uint32(j * lag + k), pending[k * lanes + j])
             for j in range(lag * lanes):
-                window[j] = window[groups * STEPS * lanes + j]
-                pending[j] = pending[groups * STEPS * lanes + j]
+                window[j] = window[group_size + j]
+                pending[j] = pending[group_size + j]
+            s = following
         if here:
             arrive(x, words_x, 0, window, lag)
             arrive(dout, words_dout, 0, dq, 0)
-            same = steps(0, lag, False, s, same, end, entries_at, options, arrays)
+            same = steps(lag, False, s, same, end, entries_at, options, arrays)
             if options & uint32(DLAST):
-                add_last(0, s, total, same, shift(dlast, state), pending)
-            give(0, s, s0, s1, entries_at, dx_to, dx_step, pending)
+                add_last(s, total, same, dlast_at, pending)
+            give(s, s0, s1, entries_at, dx_to, dx_step, pending)
         add_stretches(sums, dq, shared, parts, d, line, dim, column_bits, here)
 
     return conv_rows_backward

@@ -1,6 +1,7 @@
 """How the kernels of the causal convolution divide the work: grids, and the sizes that kernels are given.
 
-All of it follows from the shape and the dtype alone, so that sums over time have the same bits on every device.
+All of it follows from the shape, the dtype and the kernel alone, so that sums over time have the same bits on every
+device.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from npmamba.cuda.cross_entropy_forward import FORWARD, MEAN
 from npmamba.cuda.rows import inner_rows, lines, team_of, wide
 from npmamba.shapes import compute_dtype
 
-SHORT = short.LONGEST
-"""Rows up to this length belong to a few threads each, longer ones to a block."""
+SHORT, MOST = short.LONGEST, short.MOST
+"""Up to so many rows up to this length belong to a few threads each, longer ones to a block."""
 
 
 class Saved(NamedTuple):
@@ -44,14 +44,15 @@ def forward(logits: Any, labels: Any, *, ignore_index: int, save: bool) -> tuple
     targets = library(labels).ascontiguousarray(labels.astype(np.int64, copy=False)).reshape(-1)
     rows = targets.size
     share, blocks, constants = 0, rows, short.forward_constants(vocab, logits.dtype)
-    if vocab <= SHORT:
+    is_short = vocab <= SHORT and rows <= MOST
+    if is_short:
         share, blocks = short.forward_share(rows, constants["p"])
     tops, sums = empty(logits, (rows,), dtype), empty(logits, (rows,), dtype)
     losses, counts = empty(logits, (blocks,), dtype), empty(logits, (blocks,), np.int64)
     mean, count = empty(logits, (), dtype), empty(logits, (), np.int64)
     x = lines(logits)
     arrays, aligned = (*x, targets, ignore_index, losses, counts, sums, tops), int(wide(x.array))
-    if vocab <= SHORT:
+    if is_short:
         short.FORWARD.launch(
             (blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, share), **constants
         )

@@ -26,11 +26,11 @@ POWER = 8
 THREADS = 1 << POWER
 WARPS = THREADS // 32
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 528, 528
-"""Blocks at most: four for each multiprocessor of an H200, as many as run at a time."""
+"""Blocks at most: four for each multiprocessor of an H200, as many as run at a time (in float64 three do)."""
 LANES = 32
 """Threads of a team at most; it goes through a longer row several times."""
-LONGEST = 1024
-"""Logits of a short row at most."""
+LONGEST, MOST = 1024, 2**32 - 2**24
+"""Logits of a short row at most; such rows at most, of which the last warps number more than there are, by 32 bits."""
 
 
 def forward_numbers(data: np.dtype) -> int:

@@ -153,7 +153,7 @@ def test_rows_have_the_same_bits_alone_and_the_mean_is_that_of_the_rows_that_cou
     assert same_bits(np.stack([gradient for _, gradient in alone]), dlogits)
 
 
-def test_ignored_rows_are_as_if_absent_and_never_read(device_backend):
+def test_ignored_rows_are_as_if_absent_whatever_stands_in_them(device_backend):
     logits, labels = case((12, 17), 8)
     keep = labels != IGNORED
     logits[~keep] = np.nan
@@ -175,6 +175,29 @@ def test_what_is_read_in_the_place_of_ignored_rows_is_not_counted(device_backend
     kept_loss, kept = both(device_backend, logits[keep], labels[keep])
     assert error(loss, kept_loss) <= 1e-7
     assert same_bits(dlogits[keep], kept)
+
+
+@pytest.mark.parametrize("vocab", [3, 40])
+def test_an_ignored_row_keeps_a_sum_of_one_and_a_largest_logit_of_zero(device_backend, vocab):
+    logits, labels = case((70, vocab), 21)
+    with small_blocks(device_backend, FORWARD_BLOCKS=1), device_backend.running(check="races"):
+        _, saved = twin.forward(*map(device_backend.array, (logits, labels)), ignore_index=IGNORED, save=True)
+    tops, sums = device_backend.numpy(saved.tops), device_backend.numpy(saved.sums)
+    there = labels != IGNORED
+    assert same_bits(tops, np.where(there, logits.max(1), 0).astype(np.float32))
+    assert (sums[~there] == 1).all()
+    wanted = np.exp(logits[there] - logits[there].max(1, keepdims=True)).sum(1)
+    assert error(sums[there], wanted) <= 1e-6
+
+
+def test_so_many_rows_that_32_bits_do_not_number_them_belong_to_blocks():
+    """Each warp takes as many, so the last ones number rows that are not there."""
+    for rows in (1, 2**31, cross_entropy_short.MOST):
+        for p in range(6):
+            share, blocks = cross_entropy_short.forward_share(rows, p)
+            assert rows <= share * cross_entropy_short.WARPS * blocks < 2**32
+    beyond = [cross_entropy_short.forward_share(2**32 - 1, p) for p in range(6)]
+    assert all(share * cross_entropy_short.WARPS * blocks > 2**32 for share, blocks in beyond)
 
 
 @pytest.mark.parametrize("vocab", [1032, 1029])

@@ -164,6 +164,17 @@ def test_an_array_that_must_be_copied_is_not_replayed() -> None:
     assert [plan for plans in replay._REMEMBERED for plan in plans.values()] == [None]
 
 
+@pytest.mark.parametrize(("is_by_channel", "replays"), [(True, True), (False, False)])
+def test_weights_are_copied_only_for_the_kernels_that_read_them_by_16_bytes(is_by_channel, replays) -> None:
+    x = fake_cupy.array(np.zeros((2, 16, 64), np.float32))
+    x = x if is_by_channel else fake_cupy.array(np.zeros((2, 64, 16), np.float32)).swapaxes(1, 2)
+    weight = fake_cupy.array(np.zeros(65, np.float32))[1:].reshape(16, 4)
+    replay.forget()
+    options = {"activation": "silu", "seq_idx": None, "reverse": False, "save": False}
+    agree(causal_conv1d.forward, x, weight, None, None, **options)
+    assert [plan is not None for plans in replay._REMEMBERED for plan in plans.values()] == [replays]
+
+
 def test_halves_of_one_array_keep_their_own_places() -> None:
     """u and z overlap as spans of memory; the second call has them the other way round."""
     case = a_case()

@@ -46,7 +46,7 @@ from test_selective_scan import (
 from npmamba import backend
 from npmamba.autodiff import pullback
 from npmamba.cpu import selective_scan as cpu
-from npmamba.cuda import arrays, launch, scan_tile
+from npmamba.cuda import arrays, launch, scan_carry, scan_tile
 from npmamba.cuda import selective_scan as twin
 from npmamba.ops.selective_scan import SelectiveScanGradients, selective_scan, selective_scan_backward
 
@@ -364,6 +364,38 @@ def test_segments_of_time_hand_the_state_on(device, kind_of_cut, rule):
     if device.fast:
         with segments_of(0):
             assert_close(everything(device, case), wanted, scale, case)
+
+
+@everywhere(
+    *((count, np.float32) for count in (1, 16, 17, 33)), (18, np.float64),
+    count=(1, 16, 17, 33), wide=(np.float32, np.float64),
+)  # fmt: skip
+def test_states_are_handed_on_through_any_number_of_segments(device, count, wide):
+    """The ends of `AHEAD` are asked for at once; those of the last segment nobody has written."""
+    rng, (batch, dim, dstate, padded) = np.random.default_rng(count), (2, 3, 5, 8)
+    A, initial = -np.exp(rng.standard_normal((dim, dstate))), rng.standard_normal((batch, dim, dstate))
+    states, sums = rng.standard_normal((batch, count, dim, padded)), rng.random((batch, count, dim))
+    sums[rng.random(sums.shape) < 0.1] = np.inf  # a sequence began: nothing is left of what entered
+    given = [x.astype(wide) for x in (A, initial, states, sums)]
+
+    def run(A, initial, ends, elapsed):
+        states, sums = arrays.empty(A, ends.shape, wide), arrays.empty(A, elapsed.shape, wide)
+        states[:, :-1], sums[:, :-1] = ends[:, :-1], elapsed[:, :-1]
+        entering, total = arrays.empty(A, ends.shape, wide), batch * dim * padded
+        numbers = (dstate, dim, count, total, 1)
+        grid = (-(-total // scan_tile.THREADS),)
+        scan_carry.CARRY.launch(grid, np.dtype(wide), (A, initial, states, sums, entering, *numbers), padded=padded)
+        return entering
+
+    found = device.call(run, *given)
+    A, initial, states, sums = (x.astype(np.float64) for x in given)
+    h = np.zeros((batch, dim, padded))
+    h[..., :dstate] = initial
+    rates = np.pad(A, ((0, 0), (0, padded - dstate)))
+    for s in range(count):
+        assert np.abs(found[:, s] - h).max() <= (2e-6 if wide is np.float32 else 1e-14) * np.abs(h).max()
+        elapsed = np.where(np.isinf(sums[:, s]), 0, sums[:, s])[..., None]
+        h = np.where(np.isinf(sums[:, s])[..., None], 0, np.exp(rates * elapsed)) * h + states[:, s]
 
 
 @everywhere(tiles=(1, 3, 8))
