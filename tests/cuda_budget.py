@@ -7,6 +7,7 @@ writes their registers and shared memory to cuda_budget.json, to which tests/tes
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -82,6 +83,10 @@ def _warm_up() -> None:
         pass
 
     compile_machine(*launch.Kernel(lambda real: nothing, threads=32).specialize("float32"), cc=ARCHITECTURES[0])
+    # a tenth of the time would go into looking for garbage among what stays
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pool() -> ProcessPoolExecutor:
