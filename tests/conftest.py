@@ -58,8 +58,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     alone = option.trace or option.capture == "no" or option.collectonly
     if files or alone or option.keyword or getattr(option, "lf", False) or _wants_gpu(option.markexpr):
         return 0
-    if option.dist in ("no", "load"):
-        option.dist = "loadgroup"  # what needs the GPU, or compiles for it on all cores, stays together in one process
+    if backends.missing() is None:
+        option.dist = "loadgroup"  # what needs the GPU stays together in one process
     return None
 
 

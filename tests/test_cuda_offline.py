@@ -16,7 +16,6 @@ import pytest
 from npmamba.cuda import launch, requirements
 from npmamba.cuda.device import arguments_of
 
-pytestmark = pytest.mark.xdist_group("compiler")  # two processes would each compile all of them
 KERNELS = {kernel.name: kernel for kernel in launch.declared()}
 SECONDS = 8
 """Of the processor's time, for one architecture, where hyperthreads share a core: 5 on one that is quiet."""
