@@ -42,17 +42,17 @@ from npmamba.cuda.schedule import is_fresh, position
 from npmamba.scalar import fma, select
 
 uint32, int64 = np.uint32, np.int64
-GROUPS = {2: (2, 2), 4: (1, 1), 8: (1, 1)}
-"""Forward, by the bytes of a number: groups of `STEPS` that a loop goes through, and how many of them are on their way.
+GROUPS = {2: 2, 4: 1, 8: 1}
+"""Forward, by the bytes of a number: groups of `STEPS` that a loop goes through, and as many are on their way.
 
 Of two by turns each stays in its own registers, where the next of one is moved to those of the last.
 """
 
 
-def _forward(real, data, width, packed, resident, groups, ahead):
+def _forward(real, data, width, packed, resident, groups):
     lanes, lag, number = row_lanes(data), width - 1, real.type
     weights_size, window_size = (width + 1) * lanes, (lag + groups * STEPS) * lanes
-    group_size, words_size = STEPS * lanes, ahead * STEPS * row_words(data)
+    group_size, words_size = STEPS * lanes, groups * STEPS * row_words(data)
     _, store_row = make_row_access(lanes)
     place, take = make_place(lanes), make_take(real, width, lanes)
     load_history, (find, fetch, arrive) = make_load_history(real, width, lanes, packed), make_fetch(data, packed)
@@ -122,7 +122,7 @@ def _forward(real, data, width, packed, resident, groups, ahead):
         if not packed:
             x_to, y_to = shift(x_at, int64(s0) * x_step), shift(y_at, int64(s0) * y_step)
         s = s0
-        for g in range(ahead):
+        for g in range(groups):
             find(entries_at, s, end, places)
             x_to = fetch(x_to, x_step, s, end, places, words, g)
             s = uint32(s + uint32(STEPS))
@@ -135,9 +135,9 @@ def _forward(real, data, width, packed, resident, groups, ahead):
         s = s0
         while s < s1:
             for g in range(groups):
-                arrive(x, words, g % ahead, window, lag + g * STEPS)
-                following = uint32(s + uint32(ahead * STEPS))
-                x_to = fetch(x_to, x_step, following, end, places, words, g % ahead)
+                arrive(x, words, g, window, lag + g * STEPS)
+                following = uint32(s + uint32(groups * STEPS))
+                x_to = fetch(x_to, x_step, following, end, places, words, g)
                 find(entries_at, uint32(following + uint32(STEPS)), end, places)
                 outputs(g, s, total, s1, options, entries_at, weights, window, q)
                 y_to = give(s, s1, entries_at, y_to, y_step, q)
@@ -159,9 +159,9 @@ def _blocks(*, resident, **_):
 
 def forward_constants(dtype, width, packed):
     """Return the constants of the forward kernel; `resident` blocks are to fit on a multiprocessor."""
-    groups, ahead = (1, 1) if packed else GROUPS[dtype.itemsize]
+    groups = 1 if packed else GROUPS[dtype.itemsize]
     resident = (RESIDENT_PACKED if packed else RESIDENT)[dtype.itemsize]
-    return {"width": width, "packed": packed, "resident": resident, "groups": groups, "ahead": ahead}
+    return {"width": width, "packed": packed, "resident": resident, "groups": groups}
 
 
 def backward_constants(dtype, width, packed):
