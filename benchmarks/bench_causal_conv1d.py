@@ -9,8 +9,8 @@ into rows, "lines" C-ordered (batch, dim, seqlen) memory.
 
 On a GPU the kernels are timed alone, in a CUDA graph of calls on rotating buffers larger than the second-level cache,
 and every time is held against the measured bandwidth of a large copy, and against a copy of just as many bytes, which
-is what the goals mean. Times are also held against PyTorch's depthwise
-convolution, if PyTorch is there, and on a GPU against the package causal_conv1d, if that is there.
+is what the goals mean. Times are also held against PyTorch's depthwise convolution, if PyTorch is there, and on a GPU
+against the package causal_conv1d, if that is there.
 """
 
 from __future__ import annotations

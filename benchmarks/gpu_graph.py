@@ -46,7 +46,7 @@ def copy_milliseconds(moved: int) -> float:
     A small copy is slower for each byte than a large one: the device must start it, and wait for the first bytes. It is
     CUDA's own or one of 16 bytes a thread, whichever is quicker.
     """
-    count = max(1, int(moved) // 32)
+    count = max(1, moved // 32)
     pairs = [tuple(cupy.zeros(count, np.complex128) for _ in range(2)) for _ in range(buffers(moved))]
     by_threads = cupy.ElementwiseKernel("T x", "T y", "y = x", "copied")
     ways = (

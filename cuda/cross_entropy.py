@@ -14,7 +14,7 @@ from npmamba.cuda import cross_entropy_short as short
 from npmamba.cuda.arrays import empty, library
 from npmamba.cuda.cross_entropy_backward import BACKWARD, SPAN
 from npmamba.cuda.cross_entropy_forward import FORWARD, MEAN
-from npmamba.cuda.rows import inner_rows, lines, team_of, wide
+from npmamba.cuda.rows import inner_rows, lines, wide
 from npmamba.shapes import compute_dtype
 
 SHORT, MOST = short.LONGEST, short.MOST
@@ -30,12 +30,6 @@ class Saved(NamedTuple):
     tops: Any
     sums: Any
     count: Any
-
-
-def _teams(vocab: int, rows: int, numbers: int, most: int) -> tuple[int, int]:
-    """Return p, for teams of ``1 << p`` threads that own short rows, and how many blocks, `most` at most."""
-    p = team_of(vocab, short.LANES, numbers)
-    return p, min(most, -(-rows // (short.THREADS >> p)))
 
 
 def forward(logits: Any, labels: Any, *, ignore_index: int, save: bool) -> tuple[Any, Saved | None]:
@@ -70,7 +64,7 @@ def backward(dout: Any, saved: Saved) -> tuple[Any]:
     x = lines(logits)
     arrays, aligned = (*x, labels, ignore_index, tops, sums, dout, count, dlogits), int(wide(x.array))
     if vocab <= SHORT:
-        p, blocks = _teams(vocab, rows, short.backward_numbers(logits.dtype), short.BACKWARD_BLOCKS)
+        p, blocks = short.backward_share(vocab, rows, logits.dtype)
         short.BACKWARD.launch((blocks,), logits.dtype, (*arrays, vocab, rows, inner_rows(x), aligned, p))
     else:
         BACKWARD.launch((rows, -(-vocab // SPAN)), logits.dtype, (*arrays, vocab, inner_rows(x), aligned))

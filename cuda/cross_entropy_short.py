@@ -222,6 +222,12 @@ FORWARD = Kernel(_forward, threads=THREADS, blocks=_blocks, shipped=_shipped)
 # --- backward ---
 
 
+def backward_share(vocab: int, rows: int, data: np.dtype) -> tuple[int, int]:
+    """Return p, for teams of ``1 << p`` threads that own rows in turn, and how many blocks it takes."""
+    p = team_of(vocab, LANES, backward_numbers(data))
+    return p, min(BACKWARD_BLOCKS, -(-rows // (THREADS >> p)))
+
+
 def _backward(real, data):
     numbers, width, number = backward_numbers(data), width_of(data), real.type
     read, write, place = either(readers(width, numbers)), either(writers(width, numbers)), place_of(width)
